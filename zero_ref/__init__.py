@@ -1,0 +1,88 @@
+"""zero_ref: ZeRO stages 1-3, step by step on top of data parallelism.
+
+Read comm, partition, stage0, stage1, stage2, stage3, in this order.
+"""
+
+from itertools import zip_longest
+
+import torch.distributed as dist
+
+from . import comm, memory
+from .launch import RankError, init, launch
+from .partition import partition
+from .stage0 import Stage0, wrapped
+from .stage1 import Stage1
+from .stage2 import Stage2
+from .stage3 import Stage3
+from .trace import trace
+
+__all__ = ["RankError", "Stage0", "Stage1", "Stage2", "Stage3", "init", "launch", "memory",
+           "trace", "wrap"]
+__version__ = "0.1.0"
+
+_STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
+
+
+def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward=True,
+         overlap=True):
+    """Train `module` in data parallel at ZeRO stage 0, 1, 2 or 3. Called on every rank.
+
+    units: which submodules are gathered, reduced and freed together: a module class, a tuple of
+        them, or a predicate. Default: each child with parameters of the outermost nn.ModuleLists
+        and nn.Sequentials. What no unit contains belongs to the root.
+    process_group: the ranks that share the module; default: all of them.
+    reshard_after_forward: stage 3 only. False keeps the parameters gathered between a unit's
+        forward and backward: 2Ψ instead of 3Ψ elements sent, for the memory of the whole model.
+    overlap: whether backward goes on while gradients are reduced. The result has the same bits.
+
+    Rank 0's initial values are broadcast. Build the optimizer from `model.parameters()`.
+    Returns a Stage0, Stage1, Stage2 or Stage3. Raises ValueError for an argument or a module that
+    does not fit, also if it differs between the ranks, and RuntimeError without a process group.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("no process group: call zero_ref.init() in a script started by "
+                           "torchrun, or run this function through zero_ref.launch(fn, world_size)")
+    group = process_group or dist.group.WORLD
+    problem = parts = None
+    try:
+        parts = _plan(module, stage, units, group)
+    except ValueError as error:
+        problem = error
+    # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
+    # on one rank is an error on all ranks, and not a wait for ever.
+    _agree(stage, module, parts, problem, group)
+    if stage == 3:
+        return Stage3(module, parts, group, overlap, reshard_after_forward)
+    return _STAGES[stage](module, parts, group, overlap)
+
+
+def _plan(module, stage, units, group):
+    if type(stage) is not int or stage not in _STAGES:
+        raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3")
+    if any(isinstance(m, Stage0) for m in module.modules()) or module in wrapped:
+        raise ValueError(f"this {type(module).__name__} is wrapped already: build a new one")
+    return partition(module, units, dist.get_rank(group), dist.get_world_size(group))
+
+
+def _agree(stage, module, parts, problem, group):
+    """Raise the same ValueError on every rank unless all of them plan to do the same."""
+    plan = [("stage", stage)]
+    for unit in parts or []:
+        plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
+                 for name, p in zip(unit.names, unit.params)]
+    plan += [("buffer", name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]
+    plans = comm.all_gather_object((problem and str(problem), plan), group, phase="init")
+    if problem:
+        raise problem
+    for rank, (other_problem, _) in enumerate(plans):
+        if other_problem:
+            raise ValueError(f"rank {rank} reports: {other_problem}")
+    for rank, (_, other) in enumerate(plans):
+        for mine, theirs in zip_longest(plans[0][1], other):
+            if mine != theirs:
+                raise ValueError("the module differs between the ranks, first here: rank 0 has "
+                                 f"{_say(mine)}, rank {rank} has {_say(theirs)}")
+
+
+def _say(entry):
+    return "nothing more" if entry is None else " ".join(map(str, entry))

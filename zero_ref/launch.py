@@ -1,0 +1,278 @@
+"""Run a function on several ranks of this machine: `launch(fn, world_size, *args)`.
+
+The rank processes start once and stay for the next call, so that only the first call pays for
+importing torch. A fork server starts them: it has a single thread and no CUDA, so forking it is
+safe even from a notebook.
+"""
+
+import atexit
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+import types
+from contextlib import contextmanager, redirect_stdout
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+
+_GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
+_pools: dict[tuple[int, str], "_Pool"] = {}
+
+
+class RankError(RuntimeError):
+    """A rank failed. The text has that rank's traceback and says where the others were.
+
+    rank: the first to fail. kind: the name of its exception's type. reason: its message.
+    """
+
+    def __init__(self, text, rank, kind, reason):
+        super().__init__(text)
+        self.rank, self.kind, self.reason = rank, kind, reason
+
+
+def launch(fn, world_size, *args, backend=None):
+    """Run `fn(*args)` on `world_size` ranks, joined in one process group. Returns the list of their
+    results in rank order.
+
+    `fn` may be defined in a script or a notebook cell. What the ranks print appears here, each line
+    labelled with its rank. backend: default "nccl" if every rank can have a GPU of its own, else
+    "gloo". Collectives give up after $ZERO_REF_TIMEOUT seconds (default 600).
+
+    Raises RankError within seconds if a rank fails (all ranks are ended then, and the next call
+    starts new ones), and ValueError if world_size is below 1.
+    """
+    if type(world_size) is not int or world_size < 1:
+        raise ValueError(f"world_size={world_size!r}: must be a whole number, 1 or more")
+    if dist.is_available() and dist.is_initialized():
+        raise RuntimeError("launch was called in a process that is a rank already; under torchrun "
+                           "call zero_ref.init() and run the function itself")
+    backend = backend or _default_backend(world_size)
+    job = cloudpickle.dumps((fn, args))
+    pool = _pools.get((world_size, backend))
+    if pool is None or not pool.alive():
+        pool = _pools[world_size, backend] = _Pool(world_size, backend)
+    try:
+        return pool.run(job)
+    except BaseException:  # also Ctrl-C: the ranks' state is unknown now
+        pool.close()
+        raise
+
+
+def init(backend=None):
+    """Join the ranks that torchrun started. Returns this rank's torch.device.
+
+    backend: default "nccl" if this machine has a GPU for each of its ranks, else "gloo". With nccl,
+    LOCAL_RANK decides which GPU is this rank's. Raises RuntimeError outside torchrun.
+    """
+    missing = [v for v in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if v not in os.environ]
+    if missing:
+        raise RuntimeError(f"{', '.join(missing)} not set: zero_ref.init() joins ranks that "
+                           "torchrun started; without torchrun use zero_ref.launch(fn, world_size)")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    backend = backend or _default_backend(local_ranks)
+    return _join(backend, int(os.environ["LOCAL_RANK"]))
+
+
+def _default_backend(ranks_here):
+    return "nccl" if torch.cuda.device_count() >= ranks_here else "gloo"
+
+
+def _join(backend, local_rank, **rendezvous):
+    device = torch.device("cpu")
+    if backend == "nccl":
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    timeout = timedelta(seconds=float(os.environ.get("ZERO_REF_TIMEOUT", 600)))
+    dist.init_process_group(backend, timeout=timeout, **rendezvous)
+    return device
+
+
+# ---- the caller's side ---------------------------------------------------------------------------
+
+
+class _Pool:
+    """Rank processes that wait for work."""
+
+    def __init__(self, world_size, backend):
+        self.backend = backend
+        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+        if os.name == "posix":
+            # The first optimizer of a process imports torch._dynamo, in more than a second: once
+            # here, instead of in every rank.
+            context.set_forkserver_preload(["zero_ref.launch", "torch._dynamo"])
+        self.ranks, self.jobs, self.controls = [], [], []
+        for rank in range(world_size):
+            (job, job_there), (control, control_there) = context.Pipe(), context.Pipe()
+            place = (rank, world_size, backend, self.store.port)
+            process = context.Process(target=_rank_main, args=(*place, job_there, control_there),
+                                      name=f"rank {rank}", daemon=True)
+            with _nameless_main():
+                process.start()
+            job_there.close()
+            control_there.close()
+            self.ranks.append(process)
+            self.jobs.append(job)
+            self.controls.append(control)
+
+    def alive(self):
+        return bool(self.ranks) and all(process.is_alive() for process in self.ranks)
+
+    def close(self):
+        for process in self.ranks:
+            process.kill()
+        for process in self.ranks:
+            process.join()
+        self.ranks = []
+
+    def run(self, job):
+        for connection in self.jobs:
+            connection.send_bytes(job)
+        results, failures = {}, {}
+        waiting, deadline = dict(zip(self.jobs, range(len(self.jobs)))), None
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            patience = None if deadline is None else max(0, deadline - time.monotonic())
+            for connection in wait(list(waiting), patience):
+                rank = waiting[connection]
+                try:
+                    kind, value = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    kind, value = "failed", self._obituary(rank)
+                if kind == "line":
+                    print(f"[rank {rank}] {value}", flush=True)
+                    continue
+                (results if kind == "done" else failures)[rank] = value
+                del waiting[connection]
+                if kind == "failed" and deadline is None:
+                    deadline = time.monotonic() + _GRACE
+        if failures:
+            raise self._error(failures, sorted(waiting.values()))
+        return [results[rank] for rank in range(len(self.ranks))]
+
+    def _obituary(self, rank):
+        self.ranks[rank].join(1)
+        code = self.ranks[rank].exitcode
+        how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+        return _Failure(time.monotonic(), "ProcessDied", f"its process ended with {how}", "")
+
+    def _error(self, failures, still_waiting):
+        """The earliest failure is the cause; the others' are usually its consequences."""
+        first, *others = sorted(failures, key=lambda rank: failures[rank].when)
+        cause = failures[first]
+        text = [f"rank {first} raised {cause.kind}: {cause.reason}", cause.traceback]
+        for rank in others:
+            f = failures[rank]
+            same = (f.kind, f.reason) == (cause.kind, cause.reason)
+            text.append(f"rank {rank} raised " + ("the same" if same else f"{f.kind}: {f.reason}"))
+        for rank in still_waiting:
+            text.append(f"rank {rank} was still at\n{self._where(rank)}")
+        return RankError("\n".join(text), first, cause.kind, cause.reason)
+
+    def _where(self, rank):
+        try:
+            self.controls[rank].send("where are you?")
+            return self.controls[rank].recv() if self.controls[rank].poll(2) else "  (no answer)"
+        except (EOFError, OSError):
+            return "  (its process is gone)"
+
+
+@contextmanager
+def _nameless_main():
+    """Keep multiprocessing from running the caller's script again in every rank: whatever a rank
+    needs of it travels by value."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+@atexit.register
+def _close_all():
+    for pool in _pools.values():
+        pool.close()
+
+
+# ---- the rank's side -----------------------------------------------------------------------------
+
+
+class _Failure:
+    def __init__(self, when, kind, reason, traceback):
+        self.when, self.kind, self.reason, self.traceback = when, kind, reason, traceback
+
+
+class _Lines(io.TextIOBase):
+    """A stdout that sends each finished line to the caller."""
+
+    def __init__(self, send):
+        self.send, self.rest = send, ""
+
+    def write(self, text):
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.send("line", line)
+        return len(text)
+
+    def close_line(self):
+        if self.rest:
+            self.write("\n")
+
+
+def _rank_main(rank, world_size, backend, port, jobs, control):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the caller decides
+    threading.Thread(target=_answer_or_end, args=(control,), daemon=True).start()
+    if os.path.exists("/sys/class/net/lo"):  # all ranks are here: do not depend on the host's name
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(max(1, cores // world_size))
+
+    def send(kind, value):
+        jobs.send_bytes(cloudpickle.dumps((kind, value)))
+
+    joined = False
+    while True:
+        try:
+            job = jobs.recv_bytes()
+        except EOFError:
+            return
+        output = _Lines(send)
+        try:
+            if not joined:
+                store = dist.TCPStore("127.0.0.1", port, is_master=False)
+                _join(backend, rank, store=store, rank=rank, world_size=world_size)
+                joined = True
+            fn, args = pickle.loads(job)
+            with redirect_stdout(output):
+                result = fn(*args)
+            output.close_line()
+            send("done", result)
+        except BaseException as error:
+            output.close_line()
+            trace = "".join(traceback.format_exception(error))
+            send("failed", _Failure(time.monotonic(), type(error).__name__, str(error), trace))
+
+
+def _answer_or_end(control):
+    """In a thread of its own: tell where the main thread is, and end with the caller."""
+    caller = multiprocessing.parent_process().sentinel
+    main = threading.main_thread().ident
+    while control in wait([caller, control]):
+        try:
+            control.recv()
+        except EOFError:
+            break
+        stack = traceback.extract_stack(sys._current_frames()[main])
+        library = os.path.dirname(torch.__file__)
+        inside = next((i for i, f in enumerate(stack) if f.name == "_rank_main"), -1)
+        own = [f for f in stack[inside + 1 :] if not f.filename.startswith((library, "<frozen"))]
+        control.send("".join(traceback.format_list(own[-3:])).rstrip() or "  (between two calls)")
+    os._exit(1)

@@ -1,0 +1,62 @@
+"""Bytes of parameters, gradients and optimizer states per rank: by formula, and as measured."""
+
+import torch
+from torch import nn
+
+
+def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
+                 grad_dtype=torch.float32, optimizer_dtypes=(torch.float32, torch.float32)):
+    """What one rank keeps between steps, in bytes, as the paper computes it.
+
+    numel: the number of parameters Ψ, or a list with that of each unit: every unit is padded to a
+        multiple of world_size. optimizer_dtypes: one per state that the optimizer keeps for each
+        element; the default is fp32 Adam (exp_avg, exp_avg_sq). The paper's mixed-precision Adam is
+        param_dtype=grad_dtype=torch.float16 and three fp32 states (master copy, exp_avg,
+        exp_avg_sq): K = 12. Optimizer states have no padding, so they may depend on `rank`.
+
+    Returns {"parameters": …, "gradients": …, "optimizer": …}.
+    Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5 and figure 1.
+    """
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3")
+    if world_size < 1 or not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank}, world_size={world_size}: must be 0 <= rank < world_size")
+    sizes = [int(n) for n in (numel if isinstance(numel, list | tuple) else [numel])]
+    slices = [-(-n // world_size) for n in sizes]
+    padded = sum(slices) * world_size
+    owned = sum(min(max(n - rank * s, 0), s) for n, s in zip(sizes, slices))
+    return {
+        "parameters": (sum(slices) if stage >= 3 else padded) * param_dtype.itemsize,
+        "gradients": (sum(slices) if stage >= 2 else padded) * grad_dtype.itemsize,
+        "optimizer": (owned if stage >= 1 else sum(sizes))
+        * sum(dtype.itemsize for dtype in optimizer_dtypes),
+    }
+
+
+def resident(model, optimizer=None):
+    """The same three sums, measured: the sizes of the storages that are alive, each counted once.
+
+    model: what `zero_ref.wrap` returned, or any nn.Module. The optimizer's step counters (one
+    number per parameter tensor) are not model states and are left out. Buffers and activations are
+    not counted either.
+    """
+    params, grads = [*model.parameters(), *nn.Module.parameters(model)], []
+    for unit in getattr(model, "units", []):
+        params += [unit.flat, unit.shard, *unit.params, *unit.owned]
+        grads += [unit.grad]
+    in_flight = getattr(model, "_in_flight", None)
+    if in_flight:
+        grads.append(in_flight[1])
+    grads += [p.grad for p in params if p is not None]
+    states = [value for state in (optimizer.state.values() if optimizer else ())
+              for key, value in state.items() if key != "step"]
+    return {"parameters": _bytes(params), "gradients": _bytes(grads), "optimizer": _bytes(states)}
+
+
+def _bytes(tensors):
+    storages = {}
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            storages[storage._cdata] = storage.nbytes()
+    return sum(storages.values())

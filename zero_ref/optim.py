@@ -1,0 +1,59 @@
+"""What a stage has to know about the optimizer: when it steps, and whether it may."""
+
+import weakref
+
+from torch import optim
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+
+# Each element of a parameter is updated from that element of its gradient and of its states alone,
+# so a slice is updated as it would be inside the whole.
+ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax,
+               optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Rprop, optim.ASGD)
+
+
+def watch(model):
+    """Check every optimizer that holds parameters of `model` before its step, and call
+    `model._after_step(units)` after it. Returns the hooks."""
+    ref = weakref.ref(model)
+
+    def before(optimizer, args, kwargs):
+        _refuse_foreign(ref(), optimizer)
+        if ref().stage >= 1 and _units_in(ref(), optimizer):
+            _refuse_not_elementwise(ref(), optimizer)
+
+    def after(optimizer, args, kwargs):
+        units = _units_in(ref(), optimizer)
+        if units:
+            ref()._after_step(units)
+
+    return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+
+def _units_in(model, optimizer):
+    """The units of which this optimizer holds a parameter: the same on every rank, because every
+    rank's optimizer has an (at worst empty) piece of each."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return [u for u in model.trainable if not held.isdisjoint(map(id, u.owned))]
+
+
+def _refuse_foreign(model, optimizer):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for unit in model.units:
+        for name, p, placeholder in zip(unit.names, unit.params, unit.placeholders or unit.params):
+            if id(p) in held or id(placeholder) in held:
+                raise RuntimeError(
+                    f"this {type(optimizer).__name__} holds {name!r} of the bare module, which "
+                    "training does not update; build it from model.parameters() or "
+                    "model.named_parameters(), where model is what zero_ref.wrap returned")
+
+
+def _refuse_not_elementwise(model, optimizer):
+    if not isinstance(optimizer, ELEMENTWISE):
+        known = ", ".join(kind.__name__ for kind in ELEMENTWISE)
+        raise RuntimeError(
+            f"{type(optimizer).__name__} is not known to update every element on its own, so on "
+            f"the slices of stage {model.stage} it may compute something else than on whole "
+            f"parameters; use stage 0, or one of {known}")

@@ -1,0 +1,57 @@
+"""What hangs in a module at stage 3 in place of a parameter that is not gathered.
+
+It has the parameter's shape, dtype and device, and costs no memory, because it is a view of the
+unit's emptied buffer. Whatever would read or write its values raises an error that says what to do
+instead.
+"""
+
+import torch
+from torch import nn
+
+# What may be asked without the values. Attributes reach __torch_function__ as their getters.
+_ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad",
+               "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize",
+               "grad_fn")
+_ALLOWED = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES}
+_ALLOWED |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride,
+             torch.Tensor.nelement, torch.Tensor.element_size, torch.Tensor.is_floating_point,
+             torch.Tensor.is_complex, torch.Tensor.is_contiguous, torch.Tensor.untyped_storage,
+             torch.Tensor.__len__, torch.Tensor.__hash__, torch.is_floating_point,
+             torch.is_complex, torch.numel}
+
+
+class Placeholder(nn.Parameter):
+    """A parameter whose values are not on this rank at the moment."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _ALLOWED:
+            return super().__torch_function__(func, types, args, kwargs or {})
+        held = next(a for a in _flatten((args, kwargs)) if isinstance(a, cls))
+        raise RuntimeError(
+            f"parameter {held._name!r} of unit {held._unit!r} is not gathered: at stage 3 its "
+            "values are on this rank only while its unit computes. Call the wrapped model, not the "
+            "bare module or a part of it; to read or write values use `with model.full_params():`, "
+            "and model.state_dict() instead of the module's")
+
+    def __repr__(self):
+        return f"Placeholder for {self._name!r}, shape {tuple(self.shape)}, not gathered"
+
+    __str__ = __repr__
+
+
+def placeholder(p, name, unit):
+    """A Placeholder for parameter `p`, which still is a view of its unit's flat buffer."""
+    held = torch.Tensor._make_subclass(Placeholder, p.data, p.requires_grad)
+    held._name, held._unit = name, unit
+    return held
+
+
+def _flatten(value):
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _flatten(item)
+    elif isinstance(value, dict):
+        yield from _flatten(list(value.values()))
+    else:
+        yield value

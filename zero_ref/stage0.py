@@ -1,0 +1,275 @@
+"""Stage 0: plain data parallelism (DDP). Every rank keeps everything.
+
+Ψ is the number of parameters, N the number of ranks. One training step:
+
+    Phase 1  forward     rank 0's buffers are broadcast; then the module runs as it is
+    Phase 2  backward    as soon as autograd has produced the gradients of a unit, they are summed
+                         over the ranks: one all_reduce per unit, 2Ψ·(N-1)/N elements sent in all,
+                         while autograd goes on with the unit before it
+    Phase 3  the end of  the sums are divided by N and handed to the optimizer's parameters
+             backward
+    Phase 4  step        every rank updates every parameter, all in the same way
+
+The later stages keep these four phases and change what is kept after each.
+
+The optimizer does not see the module's own parameters but `model.parameters()`. At this stage
+those are views of the same memory, in the same shapes; from stage 1 on, this rank's slices.
+The module's own parameters only ever carry the local gradient of the backward that is running.
+
+Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Training, VLDB 2020.
+"""
+
+import weakref
+from collections import defaultdict
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from . import comm, optim
+
+wrapped = weakref.WeakSet()  # the modules that belong to a model
+
+
+class Stage0(nn.Module):
+    """`module` trained in data parallel; made by `zero_ref.wrap`."""
+
+    stage = 0
+
+    def __init__(self, module, units, group, overlap=True):
+        super().__init__()
+        self.module, self.units = module, units
+        self.group, self.overlap = group, overlap
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        original_names = [name for name, p in module.named_parameters() if p.requires_grad]
+
+        for unit in units:
+            unit.flatten()
+            comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
+            unit.owned = self._make_owned(unit)
+        self._broadcast_buffers("init")
+
+        self.trainable = [unit for unit in units if not unit.frozen]
+        owned = {name: p for u in self.trainable for name, p in zip(u.names, u.owned)}
+        self._named_parameters = [(name, owned[name]) for name in original_names]
+
+        self._sync = True  # whether backward reduces: False inside no_sync()
+        self._in_backward = False
+        self._queue = []  # units that this backward has yet to reduce, the next one last
+        self._in_flight = None  # (unit, its reduced gradient, handle)
+
+        hooks = self._register_hooks()
+        wrapped.add(module)
+        weakref.finalize(self, _unwrap, hooks, weakref.ref(module)).atexit = False
+
+    def _register_hooks(self):
+        hooks = optim.watch(self)
+        for unit in self.trainable:
+            for index, p in enumerate(unit.params):
+                on_grad = self._weak_hook("_on_grad", unit, index)
+                hooks.append(p.register_post_accumulate_grad_hook(on_grad))
+        return hooks
+
+    # ---- Phase 1: forward ------------------------------------------------------------------------
+
+    def forward(self, *args, **kwargs):
+        if self.training and torch.is_grad_enabled():
+            self._broadcast_buffers("forward")
+        return self.module(*args, **kwargs)
+
+    def _broadcast_buffers(self, phase):
+        """Rank 0's buffers (BatchNorm's statistics, say) for everyone: one message per dtype."""
+        by_dtype = defaultdict(list)
+        for buffer in self.module.buffers():
+            by_dtype[buffer.dtype].append(buffer)
+        for buffers in by_dtype.values():
+            flat = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+            comm.broadcast(flat, self.group, unit="buffers", phase=phase).wait()
+            sizes = [buffer.numel() for buffer in buffers]
+            for buffer, values in zip(buffers, flat.split(sizes)):
+                buffer.detach().copy_(values.view(buffer.shape))
+
+    # ---- Phase 2: backward -----------------------------------------------------------------------
+
+    def _begin_backward(self):
+        if not self._in_backward:
+            self._in_backward = True
+            # Always the same order on every rank, whatever order the gradients arrive in.
+            self._queue = list(self.trainable)
+            end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
+            end_of_backward(self._finish_backward)
+
+    def _on_grad(self, unit, index, param):
+        """Runs when autograd has accumulated one parameter's gradient."""
+        self._begin_backward()
+        if self._sync:
+            if unit not in self._queue:
+                raise RuntimeError(f"a gradient of {unit.names[index]!r} arrived after those of "
+                                   f"unit {unit.name!r} had been reduced in this backward")
+            unit.store_grad(index)
+        unit.ready.add(index)
+        if unit.complete():
+            self._unit_ready(unit)
+
+    def _unit_ready(self, unit):
+        """All of the unit's gradients are there: reduce it, unless others come first."""
+        while self._sync and self._queue and self._queue[-1].complete():
+            self._start_reduction(self._queue.pop())
+            if not self.overlap:
+                self._finish_reduction()
+
+    def _start_reduction(self, unit):
+        self._finish_reduction()  # one unit in flight at a time bounds the memory
+        if unit.grad is None:
+            unit.grad = unit.flat.new_zeros(unit.padded_numel)
+        unit.fill_gaps()
+        self._in_flight = (unit, *self._reduce(unit))
+
+    def _reduce(self, unit):
+        """Start to sum the unit's gradient. Returns where this rank's result will be, a handle."""
+        handle = comm.all_reduce(unit.grad, self.group, unit=unit.name, phase="backward")
+        return unit.grad, handle
+
+    # ---- Phase 3: the end of backward ------------------------------------------------------------
+
+    def _finish_reduction(self):
+        if self._in_flight is None:
+            return
+        unit, reduced, handle = self._in_flight
+        self._in_flight = None
+        handle.wait()
+        unit.grad = None
+        self._average(reduced)
+        for p, grad in zip(unit.owned, self._owned_views(unit, reduced)):
+            p.grad = grad if p.grad is None else p.grad.add_(grad)
+
+    def _average(self, summed):
+        """SUM, then divide: the mean over ranks of the means over their batches."""
+        summed.div_(self.world_size)
+
+    def _finish_backward(self):
+        """Reduce what is left (units with unused parameters, for instance), then tidy up."""
+        while self._sync and self._queue:
+            self._start_reduction(self._queue.pop())
+        self._finish_reduction()
+        for unit in self.units:
+            unit.ready.clear()
+        self._in_backward = False
+
+    # ---- Phase 4: the optimizer's step -----------------------------------------------------------
+
+    def _make_owned(self, unit):
+        """What the optimizer sees of the unit's parameters: at this stage, all of each."""
+        return [nn.Parameter(view) for view in self._owned_views(unit, unit.flat)]
+
+    def _owned_views(self, unit, buffer):
+        """`buffer`, parameters or gradients, as one view per parameter."""
+        return unit.full_views(buffer)
+
+    def _owned_slices(self, unit, index, tensor):
+        """The slices of one owned parameter that this rank holds: {rank: 1-D view}."""
+        return unit.slices_of(index, tensor)
+
+    def _after_step(self, units):
+        """Called when an optimizer has updated parameters of these units: nothing to do."""
+
+    def clip_grad_norm_(self, max_norm, norm_type=2.0):
+        """Scale all gradients so that their global norm is at most `max_norm`.
+
+        Returns the norm before clipping, a 0-dim tensor with the same bits on every rank and at
+        every stage: a norm per parameter and slice, then the norm of those.
+        """
+        norms = torch.zeros(len(self._named_parameters), self.world_size, device=self._device())
+        rows = iter(norms)
+        for unit in self.trainable:
+            for index, p in enumerate(unit.owned):
+                row = next(rows)
+                if p.grad is not None:
+                    for r, part in self._owned_slices(unit, index, p.grad).items():
+                        row[r] = torch.linalg.vector_norm(part, norm_type) if part.numel() else 0
+        self._share_norms(norms)
+        total = torch.linalg.vector_norm(norms, norm_type)
+        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(scale)
+        return total
+
+    def _share_norms(self, norms):
+        """norms: (parameters, world_size). At this stage every rank has computed all of them."""
+
+    # ---- what looks like any nn.Module -----------------------------------------------------------
+
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        """(name, parameter) for each trainable parameter, as this rank's optimizer sees it."""
+        for name, p in self._named_parameters:
+            yield prefix + name, p
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for unit in self.trainable:
+            for p in unit.params:
+                p.grad = None  # what no_sync() left there
+
+    @contextmanager
+    def no_sync(self):
+        """Inside, backward sends nothing and accumulates local gradients, a full set of them at
+        every stage. The first backward outside reduces the sum."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    @contextmanager
+    def full_params(self):
+        """All parameters in full, in `model.module`, on every rank (so all must enter together).
+        What rank 0 writes there is kept."""
+        self._gather_all()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for unit in self.units:
+                comm.broadcast(unit.flat, self.group, unit=unit.name, phase="full_params").wait()
+            self._keep_all()
+
+    def _gather_all(self):
+        """Make every unit's flat buffer whole: at this stage it always is."""
+
+    def _keep_all(self):
+        """Take over the flat buffers' values: at this stage they are the only copy."""
+
+    def state_dict(self):
+        """Full, unpadded copies under the original names, on every rank (so all must call it)."""
+        self._gather_all()
+        full = {name: t.clone() for name, t in self.module.state_dict().items()}
+        self._keep_all()
+        return full
+
+    def load_state_dict(self, state_dict, strict=True):
+        """Takes what `state_dict()` or the bare module's gives. Rank 0's values are kept."""
+        with self.full_params():
+            result = self.module.load_state_dict(state_dict, strict)
+        self._broadcast_buffers("load_state_dict")
+        return result
+
+    def _apply(self, fn, recurse=True):
+        raise RuntimeError("a wrapped model cannot be moved or cast: the flat buffers would be left "
+                           "behind. Call .to(...) on the module before zero_ref.wrap")
+
+    def _device(self):
+        return self.units[0].flat.device
+
+    def _weak_hook(self, method, *args):
+        """A hook that calls self.method(*args, …) and does not keep the model alive."""
+        model = weakref.ref(self)
+        return lambda *more: getattr(model(), method)(*args, *more)
+
+
+def _unwrap(hooks, module):
+    """When a model is gone, its hooks go too, and its module may be wrapped again."""
+    for hook in hooks:
+        hook.remove()
+    wrapped.discard(module())

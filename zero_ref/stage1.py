@@ -1,0 +1,55 @@
+"""Stage 1: optimizer states are partitioned (P_os in the paper).
+
+Stage 0 plus one partition: the optimizer of rank r sees only slice r of every unit, and so keeps
+states only for that. It needs only that slice of the summed gradient, and the others need its
+updated slice afterwards. The all_reduce of stage 0 comes apart into its two halves, with the step
+in between:
+
+    Phase 2  backward    one reduce_scatter per unit, Ψ·(N-1)/N elements sent in all
+    Phase 3  the end of  only this rank's slice of the gradient is divided and handed over. The
+             backward    rest of the buffer stays allocated, which stage 2 will change
+    Phase 4  step        every rank updates its slice; then one all_gather of the parameters per
+                         unit, Ψ·(N-1)/N elements sent in all
+
+Together 2Ψ·(N-1)/N, as at stage 0: the all-gather has moved from gradients to parameters.
+
+Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1.
+"""
+
+from torch import nn
+
+from . import comm
+from .stage0 import Stage0
+
+
+class Stage1(Stage0):
+    stage = 1
+
+    # ---- Phase 2: backward -----------------------------------------------------------------------
+
+    def _reduce(self, unit):
+        reduced = unit.grad[unit.own]  # in place: the other slices keep the local gradient
+        handle = comm.reduce_scatter(reduced, unit.grad, self.group,
+                                     unit=unit.name, phase="backward")
+        return reduced, handle
+
+    # ---- Phase 4: the optimizer's step -----------------------------------------------------------
+
+    def _make_owned(self, unit):
+        return [nn.Parameter(view) for view in self._owned_views(unit, unit.shard)]
+
+    def _owned_views(self, unit, buffer):
+        return unit.shard_views(buffer)
+
+    def _owned_slices(self, unit, index, tensor):
+        return {self.rank: tensor}
+
+    def _after_step(self, units):
+        handles = [comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase="step")
+                   for unit in units]
+        for handle in handles:
+            handle.wait()
+
+    def _share_norms(self, norms):
+        # Every entry is zero on all ranks but one, so this sum is exact.
+        comm.all_reduce(norms, self.group, unit="norms", phase="clip").wait()

@@ -1,0 +1,27 @@
+"""Stage 2: gradients are partitioned too (P_os+g in the paper).
+
+Stage 1 plus one partition: the sum of a unit's gradients goes into a buffer of the slice's own
+size, so that the full buffer is freed as soon as it has been sent:
+
+    Phase 2  backward    one reduce_scatter per unit, as at stage 1. At most two units have a full
+                         gradient buffer at a time: one filling up, one in flight
+    Phase 3  the end of  what is left of a unit's gradients is this rank's slice
+             backward
+
+Ψ·(N-1)/N + Ψ·(N-1)/N elements sent, as at stage 1. Rajbhandari et al., ZeRO, section 5.2.
+"""
+
+from . import comm
+from .stage1 import Stage1
+
+
+class Stage2(Stage1):
+    stage = 2
+
+    # ---- Phase 2: backward -----------------------------------------------------------------------
+
+    def _reduce(self, unit):
+        reduced = unit.grad.new_empty(unit.shard_numel)  # the full buffer is not needed any more
+        handle = comm.reduce_scatter(reduced, unit.grad, self.group,
+                                     unit=unit.name, phase="backward")
+        return reduced, handle

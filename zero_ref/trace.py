@@ -1,0 +1,68 @@
+"""Record every collective that this process issues: `with zero_ref.trace() as t: ...`."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+_active: list["Trace"] = []
+
+
+@dataclass
+class Event:
+    """One collective, as one rank saw it.
+
+    numel: elements of the whole buffer. bytes: the same in bytes. wire_bytes: what this rank has
+    to send. start, end: `time.monotonic()` seconds at which it was issued and at which its result
+    could be used (end is None while it is under way; on CUDA both are the host's times).
+    """
+
+    rank: int
+    op: str
+    unit: str
+    phase: str
+    numel: int
+    dtype: torch.dtype
+    bytes: int
+    wire_bytes: int
+    start: float
+    end: float | None = None
+
+
+class Trace:
+    """The events recorded inside one `with zero_ref.trace()` block, in the order of issue."""
+
+    def __init__(self):
+        self.events: list[Event] = []
+
+    def wire_bytes(self) -> int:
+        """Bytes that this rank had to send, over all recorded events."""
+        return sum(event.wire_bytes for event in self.events)
+
+
+@contextmanager
+def trace():
+    """Record this process's collectives until the block ends; traces may be nested."""
+    recording = Trace()
+    _active.append(recording)
+    try:
+        yield recording
+    finally:
+        _active.remove(recording)
+
+
+def begin(**facts) -> Event | None:
+    """Called by comm.py when a collective is issued. Returns None while nobody is recording."""
+    if not _active:
+        return None
+    event = Event(**facts, start=time.monotonic())
+    for recording in _active:
+        recording.events.append(event)
+    return event
+
+
+def end(event: Event | None) -> None:
+    """Called by comm.py when the collective's result can be used."""
+    if event is not None:
+        event.end = time.monotonic()
