@@ -108,12 +108,28 @@ def _broadcast(flat, group):
 def _reduce_scatter(out, flat, group):
     if _built_in(group):
         return Handle([_nccl_reduce_scatter(out, flat, group=group, async_op=True)])
-    parts = _slices(flat, group)  # what every rank has for my slice; my own is there already
-    send = {r: parts[r] for r in _others(group)}
-    recv = {r: torch.empty_like(out) for r in _others(group)}
-    mine = parts[dist.get_rank(group)]
-    in_rank_order = [recv.get(r, mine) for r in range(dist.get_world_size(group))]
-    return Handle([_exchange(group, send, recv)], lambda: _sum(in_rank_order, out))
+    rank, others = dist.get_rank(group), _others(group)
+    slices = _slices(flat, group)
+    mine = slices[rank]
+    recv = {r: torch.empty_like(out) for r in others}
+    first = 1 if rank == 0 else 0  # the first part to be added up that is not my own
+    if first in recv and mine.data_ptr() != out.data_ptr():
+        recv[first] = out  # one buffer less
+    in_rank_order = [recv.get(r, mine) for r in range(len(slices))]
+    exchange = _exchange(group, send={r: slices[r] for r in others}, recv=recv)
+    return Handle([exchange], lambda: _sum(in_rank_order, recv.get(first), out))
+
+
+def _sum(parts, total, out):
+    """out = parts[0] + parts[1] + …, from left to right. `total` is one of the first two."""
+    if len(parts) == 1:
+        total = parts[0]
+    else:
+        torch.add(parts[0], parts[1], out=total)
+    for part in parts[2:]:
+        total.add_(part)
+    if total.data_ptr() != out.data_ptr():
+        out.copy_(total)
 
 
 def _all_gather(flat, own, group):
@@ -141,14 +157,6 @@ def _exchange(group, send, recv):
                 t.copy_(landing[r])
 
     return Handle(works, unstage)
-
-
-def _sum(parts, out):
-    """out = parts[0] + parts[1] + …, from left to right. `out` may be one of the parts."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    out.copy_(total)
 
 
 def _slices(flat, group):

@@ -28,7 +28,7 @@ class Unit:
         self.name, self.module = name, module
         self.params = params  # the module's own nn.Parameters, which autograd works on
         self.names = names  # their names in the wrapped module
-        self.slots = slots  # for each, every (module, attribute) it hangs at: tied ones have several
+        self.slots = slots  # for each, the (module, attribute) pairs where it hangs: tied, several
         self.frozen = not params[0].requires_grad
         self.shapes = [p.shape for p in params]
         self.offsets = [0, *accumulate(p.numel() for p in params)]
@@ -78,7 +78,7 @@ class Unit:
         """Move a position in the flat buffer to the nearest one inside `rank`'s slice."""
         return min(max(position, rank * self.shard_numel), (rank + 1) * self.shard_numel)
 
-    # ---- stage 3 only: what the module shows while the parameters are gathered, and while not -----
+    # ---- stage 3 only: what the module shows while the parameters are gathered, or not -----------
 
     def make_placeholders(self):
         self.placeholders = [placeholder(p, name, self.name)

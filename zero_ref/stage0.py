@@ -256,8 +256,8 @@ class Stage0(nn.Module):
         return result
 
     def _apply(self, fn, recurse=True):
-        raise RuntimeError("a wrapped model cannot be moved or cast: the flat buffers would be left "
-                           "behind. Call .to(...) on the module before zero_ref.wrap")
+        raise RuntimeError("a wrapped model cannot be moved or cast: its flat buffers would stay "
+                           "behind; call .to(...) on the module before zero_ref.wrap")
 
     def _device(self):
         return self.units[0].flat.device

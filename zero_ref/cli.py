@@ -1,0 +1,128 @@
+"""The command line: `zero-ref compare` and `zero-ref train`."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from .data import TASKS
+from .launch import RankError, init, launch
+from .train import OPTIMIZERS, backend_for
+
+
+def main(argv=None):
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("zero-ref: interrupted; all ranks were stopped", file=sys.stderr)
+        return 130
+    except RankError as error:
+        # A ValueError is about what was asked for, and says so in one sentence; anything else is
+        # a fault, and its traceback is what helps.
+        print(f"zero-ref: {error.reason if error.kind == 'ValueError' else error}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        print(f"zero-ref: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="zero-ref", description="ZeRO stages 0-3, compared and measured on real data.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    compare = commands.add_parser(
+        "compare", help="all stages and torch DDP side by side: weights, bytes, time",
+        description="Train torch DDP and stages 0-3 on the same data and check what ZeRO promises. "
+                    "Exit status 1 if a promise does not hold, 2 if it could not be run.")
+    compare.set_defaults(run=_compare)
+    compare.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3],
+                         choices=[0, 1, 2, 3], help="default: 0 1 2 3; stage 0 is always run")
+    compare.add_argument("--figure", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
+
+    train = commands.add_parser(
+        "train", help="one training run of one stage, also under torchrun",
+        description="Train one stage. Under torchrun it joins the ranks that were started, e.g. "
+                    "torchrun --nproc-per-node 4 -m zero_ref train --stage 3; alone it starts "
+                    "--world-size ranks itself.")
+    train.set_defaults(run=_train)
+    train.add_argument("--stage", type=int, required=True, choices=[0, 1, 2, 3])
+
+    for command in (compare, train):
+        command.add_argument("--task", default="digits", choices=TASKS)
+        command.add_argument("--data-dir", type=Path, help="where the MNIST files are (task mnist)")
+        command.add_argument("--world-size", type=int, metavar="N",
+                             help="number of ranks to start (default: 4)")
+        command.add_argument("--steps", type=int, default=200, metavar="K")
+        command.add_argument("--batch-size", type=int, default=48, metavar="B",
+                             help="samples per step, all ranks together (default: 48)")
+        command.add_argument("--optimizer", default="adam", choices=OPTIMIZERS)
+        command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+        command.add_argument("--backend", choices=["gloo", "nccl"],
+                             help="default: nccl on cuda, gloo on cpu")
+        command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    return parser
+
+
+def _compare(args):
+    from .compare import compare, print_report
+
+    _check_output(args.json, args.figure)
+    report = compare(args.task, args.stages, args.world_size or 4, device=args.device,
+                     backend=args.backend, data_dir=args.data_dir, **_settings(args))
+    print_report(report)
+    _write_json(args.json, report)
+    if args.figure:
+        from .viz.compare import draw
+
+        draw(report).savefig(args.figure)
+    return 1 if report["failed_promises"] else 0
+
+
+def _train(args):
+    from .train import train
+
+    _check_output(args.json)
+    settings = dict(_settings(args), device=args.device, data_dir=args.data_dir)
+    if "RANK" in os.environ:  # torchrun has started the ranks
+        world_size = int(os.environ["WORLD_SIZE"])
+        if args.world_size not in (None, world_size):
+            raise ValueError(f"--world-size {args.world_size}, but torchrun started {world_size} "
+                             "ranks; leave it out, or change --nproc-per-node")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        init(backend_for(args.device, here, args.backend))
+        report = train(args.task, args.stage, **settings)
+        if int(os.environ["RANK"]) != 0:
+            return 0
+    else:
+        world_size = args.world_size or 4
+        backend = backend_for(args.device, world_size, args.backend)
+        report = launch(lambda: train(args.task, args.stage, **settings), world_size,
+                        backend=backend)[0]
+    held = ", ".join(f"{kind} {size / 1e3:,.1f} kB"
+                     for kind, size in report["resident_bytes"].items())
+    print(f"{report['task']}, stage {report['stage']}, {world_size} ranks on {report['device']}, "
+          f"{report['steps']} steps: held-out {report['metric']} {report['held_out']:.4f}, "
+          f"{report['samples_per_second']:,.0f} samples/s; rank 0 holds {held}")
+    _write_json(args.json, report)
+    return 0
+
+
+def _settings(args):
+    return {"steps": args.steps, "batch_size": args.batch_size, "optimizer": args.optimizer,
+            "seed": args.seed}
+
+
+def _check_output(*paths):
+    """Complain about a folder that is not there before the run, not after it."""
+    for path in paths:
+        if path and not path.resolve().parent.is_dir():
+            raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
+
+
+def _write_json(path, report):
+    if path:
+        path.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,165 @@
+"""Real data without a download: handwritten digits, MNIST files, and Python's own help texts."""
+
+import gzip
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from .models import GPT, cnn
+
+CONTEXT = 64  # characters that the GPT sees at once
+
+
+@dataclass
+class Task:
+    """What is trained on what. train and held_out: inputs and targets, sample by sample."""
+
+    build: Callable[[], nn.Module]
+    loss: Callable[[Tensor, Tensor], Tensor]  # (output, target) -> mean over the batch
+    metric: str  # "accuracy" or "loss", on the held-out samples
+    train: TensorDataset
+    held_out: TensorDataset
+
+    @torch.no_grad()
+    def evaluate(self, model, device="cpu", batch_size=256) -> float:
+        """The metric on all held-out samples. At stage 3 every rank must call it."""
+        model.eval()
+        total = 0.0
+        for x, y in DataLoader(self.held_out, batch_size):
+            x, y = x.to(device), y.to(device)
+            output = model(x)
+            if self.metric == "accuracy":
+                total += (output.argmax(-1) == y).sum().item()
+            else:
+                total += self.loss(output, y).item() * len(x)
+        model.train()
+        return total / len(self.held_out)
+
+
+def load(name, data_dir=None) -> Task:
+    """The task "digits", "mnist" (four IDX files in `data_dir`) or "text".
+
+    Raises ValueError for MNIST files that are missing, truncated or not IDX.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task {name!r}: must be one of {', '.join(TASKS)}")
+    return TASKS[name](data_dir)
+
+
+def batches(task, steps, batch_size, rank, world_size, seed) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` batches (x, y) for one rank. The samples of a step, all ranks together, are the same
+    whatever the world size; each rank gets batch_size / world_size of them.
+
+    Raises ValueError if the batch does not divide, or is larger than the data.
+    """
+    if batch_size % world_size or not 0 < batch_size <= len(task.train):
+        fits = max(world_size, batch_size - batch_size % world_size)
+        raise ValueError(f"batch size {batch_size}: must divide among {world_size} ranks and be at "
+                         f"most {len(task.train)}; {min(fits, len(task.train))} would work")
+    sampler = DistributedSampler(task.train, world_size, rank, seed=seed, drop_last=True)
+    loader = DataLoader(task.train, batch_size // world_size, sampler=sampler, drop_last=True)
+    return _first(steps, loader, sampler)
+
+
+def _first(steps, loader, sampler):
+    for epoch in count():
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            if steps == 0:
+                return
+            steps -= 1
+            yield batch
+
+
+# ---- the tasks -----------------------------------------------------------------------------------
+
+
+def _digits(_):
+    with np.load(str(files("zero_ref") / "assets" / "digits.npz")) as arrays:
+        images, labels = arrays["images"] / np.float32(16), arrays["labels"]
+    test = np.arange(len(images)) % 5 == 0  # every fifth image is held out
+    return _images(images[~test], labels[~test], images[test], labels[test])
+
+
+def _mnist(data_dir):
+    names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+    if data_dir is None:
+        raise ValueError("task mnist needs --data-dir, a folder with the four MNIST files "
+                         f"{', '.join(names)} (plain or .gz)")
+    paths = {name: _find(Path(data_dir), name) for name in names}
+    missing = [name for name, path in paths.items() if path is None]
+    if missing:
+        raise ValueError(f"{data_dir} has no {', '.join(missing)} (plain or .gz)")
+    train_x, train_y, test_x, test_y = [_read_idx(paths[name], 3 if "images" in name else 1)
+                                        for name in names]
+    for x, y, which in ((train_x, train_y, names[1]), (test_x, test_y, names[3])):
+        if len(x) != len(y):
+            raise ValueError(f"{paths[which]} has {len(y)} labels for {len(x)} images")
+        if len(y) and y.max() > 9:
+            raise ValueError(f"{paths[which]} has label {y.max()}; MNIST's are 0 to 9")
+    scale = np.float32(255)
+    return _images(train_x / scale, train_y, test_x / scale, test_y)
+
+
+def _text(_):
+    import pydoc_data.topics
+
+    text = "\n".join(pydoc_data.topics.topics.values())
+    alphabet = sorted(set(text))
+    place = {character: i for i, character in enumerate(alphabet)}
+    ids = torch.tensor([place[character] for character in text])
+    windows = (len(ids) - 1) // CONTEXT
+    x = ids[: windows * CONTEXT].view(windows, CONTEXT)
+    y = ids[1 : windows * CONTEXT + 1].view(windows, CONTEXT)  # the next character
+    split = windows * 9 // 10
+    return Task(build=lambda: GPT(len(alphabet), CONTEXT),
+                loss=lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
+                metric="loss", train=TensorDataset(x[:split], y[:split]),
+                held_out=TensorDataset(x[split:], y[split:]))
+
+
+TASKS = {"digits": _digits, "mnist": _mnist, "text": _text}
+
+
+def _images(train_x, train_y, test_x, test_y):
+    def dataset(x, y):
+        return TensorDataset(torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y).long())
+
+    height, width = train_x.shape[1:]
+    return Task(build=lambda: cnn(height, width), loss=F.nll_loss, metric="accuracy",
+                train=dataset(train_x, train_y), held_out=dataset(test_x, test_y))
+
+
+def _find(folder, name):
+    candidates = [folder / name, folder / f"{name}.gz"]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _read_idx(path, dims):
+    """An IDX file of unsigned bytes: two zero bytes, type 0x08, the number of dimensions, each
+    dimension as a big-endian 32-bit number, then the values."""
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            raw = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    head = 4 + 4 * dims
+    if len(raw) < head or raw[:4] != bytes([0, 0, 8, dims]):
+        raise ValueError(f"{path} is no IDX file of unsigned bytes with {dims} dimension(s): it "
+                         f"begins with {raw[:4].hex(' ') or 'nothing'}, not 00 00 08 {dims:02x}")
+    shape = struct.unpack(f">{dims}I", raw[4:head])
+    if len(raw) - head != np.prod(shape, dtype=int):
+        raise ValueError(f"{path} says it holds {' x '.join(map(str, shape))} bytes, but has "
+                         f"{len(raw) - head}: truncated, or not the file it says it is")
+    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)

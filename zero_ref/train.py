@@ -1,0 +1,109 @@
+"""One training run of one stage, on the ranks that are there."""
+
+import os
+import sys
+import time
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from . import comm, data, memory, wrap
+
+OPTIMIZERS = {
+    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
+    "adam": lambda params: torch.optim.Adam(params, lr=1e-3),
+    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
+}
+# How many values each of them keeps per element, all in the parameter's dtype.
+STATES = {"sgd": 1, "adam": 2, "adamw": 2}
+
+
+def train(task_name, stage, *, steps, batch_size, optimizer, device, seed, data_dir):
+    """Train on this rank, together with the others. Returns what was measured, as a dict.
+
+    batch_size: samples per step, all ranks together. device: "cpu" or "cuda".
+    """
+    if steps < 1:
+        raise ValueError(f"steps={steps}: at least 1")
+    device = prepare_device(device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    task = data.load(task_name, data_dir)
+    torch.manual_seed(seed + rank)  # rank 0's initial values are the ones that count
+    model = wrap(task.build().to(device), stage)
+    opt = OPTIMIZERS[optimizer](model.parameters())
+
+    times = []
+    with progress(steps) as show:
+        for x, y in data.batches(task, steps, batch_size, rank, world_size, seed):
+            start = time.perf_counter()
+            loss = task.loss(model(x.to(device)), y.to(device))
+            loss.backward()
+            held = memory.resident(model, opt)
+            opt.step()
+            opt.zero_grad()
+            loss_now = loss.item()  # on CUDA this also waits for the step
+            times.append(time.perf_counter() - start)
+            show(f"loss {loss_now:.4f}  {batch_size / times[-1]:,.0f} samples/s  "
+                 f"{sum(held.values()) / 1e6:.2f} MB of model states per rank")
+    losses = comm.all_gather_object(loss_now, model.group, phase="report")
+    return {
+        "task": task_name, "stage": stage, "world_size": world_size, "steps": steps,
+        "batch_size": batch_size, "optimizer": optimizer, "device": describe(device),
+        "loss": sum(losses) / world_size, "metric": task.metric,
+        "held_out": task.evaluate(model, device),
+        "samples_per_second": batch_size / sorted(times)[len(times) // 2],
+        "resident_bytes": held,
+    }
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+
+def backend_for(device, ranks_here, backend=None):
+    """The backend for `ranks_here` ranks on this machine. Raises ValueError if it cannot work."""
+    if device == "cpu":
+        if backend not in (None, "gloo"):
+            raise ValueError(f"backend {backend!r} does not work on the CPU: use gloo")
+        return "gloo"
+    gpus = torch.cuda.device_count()
+    if gpus == 0:
+        raise ValueError("device cuda: this machine has no CUDA GPU, or this torch no CUDA "
+                         f"({torch.__version__}); use --device cpu")
+    if backend != "gloo" and gpus < ranks_here:
+        raise ValueError(f"{ranks_here} ranks, but {gpus} GPU(s): NCCL needs one for each rank. "
+                         "Add --backend gloo to share GPUs (messages then go through host memory)")
+    return backend or "nccl"
+
+
+def prepare_device(device):
+    """This rank's torch.device; ranks share a machine's GPUs if there are fewer."""
+    if device == "cpu":
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", dist.get_rank()))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    # Two runs of the same stage have to give the same bits before two stages can.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return device
+
+
+def describe(device):
+    return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def progress(steps):
+    """A bar on rank 0's terminal. Yields a function to call once per step, with a text."""
+    columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+               TextColumn("{task.description}")]
+    hidden = dist.get_rank() != 0 or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as bar:
+        line = bar.add_task("", total=steps)
+        yield lambda text: bar.update(line, advance=1, description=text)
