@@ -71,7 +71,8 @@ def _compare(args):
     from .compare import compare, print_report
 
     _check_output(args.json, args.figure)
-    report = compare(args.task, args.stages, args.world_size or 4, device=args.device,
+    world_size = 4 if args.world_size is None else args.world_size
+    report = compare(args.task, args.stages, world_size, device=args.device,
                      backend=args.backend, data_dir=args.data_dir, **_settings(args))
     print_report(report)
     _write_json(args.json, report)
@@ -79,6 +80,7 @@ def _compare(args):
         from .viz.compare import draw
 
         draw(report).savefig(args.figure)
+        print(f"Drawn: {args.figure}")
     return 1 if report["failed_promises"] else 0
 
 
@@ -98,7 +100,7 @@ def _train(args):
         if int(os.environ["RANK"]) != 0:
             return 0
     else:
-        world_size = args.world_size or 4
+        world_size = 4 if args.world_size is None else args.world_size
         backend = backend_for(args.device, world_size, args.backend)
         report = launch(lambda: train(args.task, args.stage, **settings), world_size,
                         backend=backend)[0]

@@ -43,7 +43,8 @@ def compare(task, stages, world_size, *, steps, batch_size, optimizer, device, b
               for promise, holds in row["promises"].items() if not holds]
     return {"task": task, "world_size": world_size, **settings, "device": ranks[0]["device"],
             "torch": torch.__version__, "metric": ranks[0]["metric"],
-            "parameters": rows[0]["numel"], "systems": rows, "failed_promises": failed}
+            "parameters": rows[0]["numel"], "largest_unit": max(ranks[0]["unit_numels"]),
+            "systems": rows, "failed_promises": failed}
 
 
 # ---- on every rank -------------------------------------------------------------------------------
@@ -198,8 +199,11 @@ def print_report(report):
     console.print(result)
     console.print()
     console.print(cost)
-    console.print("sent per step, by formula: 2Ψ·(N-1)/N at stages 0, 1, 2 and 3Ψ·(N-1)/N at stage "
-                  "3. ≈: DDP's share of what the kernel counted on the loopback device.\n")
+    console.print("Peak: all tensors, also activations and messages under way. It contains one "
+                  f"unit as a whole; the largest has {report['largest_unit']:,} parameters.")
+    console.print("Sent, by formula: 2Ψ·(N-1)/N at stages 0, 1, 2 and 3Ψ·(N-1)/N at stage 3, with "
+                  "units padded.\n≈: DDP's share of what the kernel counted on the loopback device."
+                  "\n")
     failed = report["failed_promises"]
     count = sum(len(row["promises"]) for row in report["systems"])
     if failed:

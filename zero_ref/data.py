@@ -134,7 +134,7 @@ TASKS = {"digits": _digits, "mnist": _mnist, "text": _text}
 
 def _images(train_x, train_y, test_x, test_y):
     def dataset(x, y):
-        return TensorDataset(torch.from_numpy(x).unsqueeze(1), torch.from_numpy(y).long())
+        return TensorDataset(torch.from_numpy(x).unsqueeze(1), torch.tensor(y, dtype=torch.long))
 
     height, width = train_x.shape[1:]
     return Task(build=lambda: cnn(height, width), loss=F.nll_loss, metric="accuracy",

@@ -1,0 +1,201 @@
+"""Promise 3: memory and messages are, to the byte, those of the formula."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import toy
+
+import zero_ref
+from zero_ref import comm, memory
+from zero_ref.compare import _loopback_bytes, _peak_bytes
+
+STAGES = (0, 1, 2, 3)
+STATES = {"sgd": 1, "adam": 2, "adamw": 2}
+FP32 = torch.float32.itemsize
+
+
+def padded(sizes, world_size):
+    return sum(-(-n // world_size) * world_size for n in sizes)
+
+
+# ---- at rest and after backward ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_resident_bytes_are_those_of_the_formula(world_size, optimizer):
+    for rank, runs in enumerate(toy.ranks(toy.run_stages, world_size, STAGES, optimizer)):
+        for stage, run in zip(STAGES, runs):
+            expected = memory.model_states(
+                run["sizes"], world_size, stage, rank=rank,
+                optimizer_dtypes=[torch.float32] * STATES[optimizer])
+            frozen = padded(run["frozen"], world_size) * FP32
+            expected["parameters"] += frozen // world_size if stage == 3 else frozen
+            assert run["after_backward"] == expected
+            assert run["at_rest"] == expected | {"gradients": 0}
+
+
+def test_each_stage_keeps_less_than_the_one_before():
+    runs = toy.ranks(toy.run_stages, 3, STAGES)[0]
+    totals = [sum(run["after_backward"].values()) for run in runs]
+    assert totals == sorted(totals, reverse=True) and len(set(totals)) == 4
+
+
+# ---- during a step -------------------------------------------------------------------------------
+
+
+class Deep(torch.nn.Sequential):
+    """12 equal layers of 1,056 parameters, which no other tensor of the run comes near."""
+
+    def __init__(self):
+        super().__init__(*[torch.nn.Linear(32, 32) for _ in range(12)])
+
+
+def most_during_a_step(stage, overlap):
+    """The largest resident bytes seen in any layer's forward or backward, and the peak of all
+    tensors, with a batch of one sample."""
+    torch.manual_seed(0)
+    module = Deep()
+    model = zero_ref.wrap(module, stage, overlap=overlap)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    seen = []
+
+    def look(*_):
+        seen.append(memory.resident(model, opt))
+
+    def step():
+        model(torch.ones(1, 32)).sum().backward()
+        opt.step()
+        opt.zero_grad()
+
+    step()
+    hooks = [layer.register_forward_hook(look, prepend=True) for layer in module]
+    hooks += [p.register_post_accumulate_grad_hook(look) for u in model.units for p in u.params]
+    step()
+    for hook in hooks:
+        hook.remove()
+    most = {kind: max(s[kind] for s in seen) for kind in seen[0]}
+    return most, _peak_bytes(torch.device("cpu"), model, opt, step)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_peak_of_a_step(world_size, overlap):
+    layer = padded([1056], world_size) * FP32
+    whole = 12 * layer
+    most, peaks = zip(*(toy.ranks(most_during_a_step, world_size, stage, overlap)[0]
+                        for stage in STAGES))
+    full = {"parameters": whole, "gradients": whole}
+    for stage in (0, 1, 2):
+        assert most[stage]["parameters"] == full["parameters"]
+    # Stage 3: the slices, and the one layer that computes.
+    assert most[3]["parameters"] == whole // world_size + layer
+    assert most[0]["gradients"] >= whole - layer and most[1]["gradients"] >= whole - layer
+    # Stages 2 and 3: slices, plus a unit that fills up, the gradients autograd has just made for
+    # it, and with overlap one more in flight.
+    for stage in (2, 3):
+        assert layer < most[stage]["gradients"] <= whole // world_size + (2 + overlap) * layer
+    # Everything that is allocated, messages under way included: what a stage saves is not spent
+    # elsewhere. Six layers is what may be under way at one time.
+    at_rest = memory.model_states([1056] * 12, world_size, 3, optimizer_dtypes=[torch.float32])
+    assert peaks[3] < sum(at_rest.values()) + 6 * layer
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_bytes_sent_are_those_of_the_formula(world_size):
+    for runs in toy.ranks(toy.run_stages, world_size, STAGES, toy={"norm": False, "frozen": False}):
+        for stage, run in zip(STAGES, runs):
+            psi = padded(run["sizes"], world_size) * FP32
+            times = 3 if stage == 3 else 2
+            assert run["wire_bytes"] == times * psi * (world_size - 1) // world_size
+            assert run["wire_bytes"] == sum(event.wire_bytes for event in run["events"])
+
+
+UNITS = ["root", "blocks.0", "blocks.1", "blocks.2", "blocks.3"]
+REVERSED = UNITS[::-1]
+SEQUENCES = {
+    0: [("all_reduce", u, "backward") for u in REVERSED],
+    1: [("reduce_scatter", u, "backward") for u in REVERSED]
+    + [("all_gather", u, "step") for u in UNITS],
+    3: [("all_gather", u, "forward") for u in UNITS]
+    + [("all_gather", "root", "backward")]
+    + [step for u in REVERSED[:-1]
+       for step in (("all_gather", u, "backward"), ("reduce_scatter", u, "backward"))]
+    + [("reduce_scatter", "root", "backward")],
+}
+SEQUENCES[2] = SEQUENCES[1]
+
+
+def test_collectives_of_a_step_and_their_order():
+    for rank, runs in enumerate(toy.ranks(toy.run_stages, 2, STAGES,
+                                          toy={"norm": False, "frozen": False})):
+        for stage, run in zip(STAGES, runs):
+            assert [(e.op, e.unit, e.phase) for e in run["events"]] == SEQUENCES[stage]
+            assert all(e.rank == rank and e.start <= e.end for e in run["events"])
+            assert all(e.bytes == e.numel * FP32 and e.dtype == torch.float32
+                       for e in run["events"])
+
+
+def test_frozen_parameters_are_gathered_and_never_reduced():
+    run = toy.ranks(toy.run, 2, 3, toy={"norm": False})[0]
+    frozen = [(e.op, e.phase) for e in run["events"] if e.unit == "blocks.3 (frozen)"]
+    assert frozen == [("all_gather", "forward"), ("all_gather", "backward")]
+
+
+def test_buffers_are_broadcast_before_a_training_forward():
+    events = [e for e in toy.ranks(toy.run, 2, 1)[0]["events"] if e.unit == "buffers"]
+    # BatchNorm has fp32 statistics and a step count: one message per dtype.
+    assert [(e.op, e.phase) for e in events] == [("broadcast", "forward")] * 2
+
+
+@pytest.mark.parametrize("stage, count", [(0, 2 * 3), (1, 3 + 1), (2, 3 + 1), (3, 3 * 3)])
+@pytest.mark.parametrize("sync_all", [True, False])
+def test_collectives_with_three_micro_batches(stage, count, sync_all):
+    world_size, plain = 3, {"norm": False, "frozen": False}
+    run = toy.ranks(toy.run, world_size, stage, micro=3, sync_all=sync_all, toy=plain)[0]
+    psi = padded(run["sizes"], world_size) * FP32 * (world_size - 1) // world_size
+    if not sync_all:  # one reduction; at stage 3 every micro-batch still gathers twice
+        count = {0: 2, 1: 2, 2: 2, 3: 3 * 2 + 1}[stage]
+    assert run["wire_bytes"] == count * psi
+
+
+def test_without_reshard_stage_3_sends_as_much_as_stage_0():
+    plain = {"norm": False, "frozen": False}
+    run = toy.ranks(toy.run, 3, 3, reshard_after_forward=False, toy=plain)[0]
+    assert run["wire_bytes"] == 2 * padded(run["sizes"], 3) * FP32 * 2 // 3
+
+
+def send_much(op):
+    group = dist.group.WORLD
+    flat = torch.ones(3 * 500_000)
+    own = flat.view(3, -1)[dist.get_rank()]
+    comm.all_gather_object(None, group, phase="barrier")
+    before = _loopback_bytes()
+    with zero_ref.trace() as t:
+        if op == "reduce_scatter":
+            comm.reduce_scatter(torch.empty(500_000), flat, group, unit="", phase="").wait()
+        elif op == "all_gather":
+            comm.all_gather(flat, own, group, unit="", phase="").wait()
+        else:
+            getattr(comm, op)(flat, group, unit="", phase="").wait()
+    recorded = t.wire_bytes()
+    comm.all_gather_object(None, group, phase="barrier")
+    return recorded, _loopback_bytes() - before
+
+
+@pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the kernel does not say")
+@pytest.mark.parametrize("op", ["broadcast", "reduce_scatter", "all_gather", "all_reduce"])
+def test_the_kernel_counts_what_the_trace_records(op):
+    answers = toy.ranks(send_much, 3, op)
+    recorded = sum(sent for sent, _ in answers)
+    assert recorded == {"broadcast": 2, "reduce_scatter": 2, "all_gather": 2,
+                        "all_reduce": 4}[op] * 1_500_000 * FP32
+    counted = max(count for _, count in answers)
+    # TCP's own headers come on top. A message too many would be half as much again.
+    assert recorded <= counted < 1.2 * recorded

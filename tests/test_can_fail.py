@@ -1,0 +1,125 @@
+"""A check that the other tests can fail: break the engine in one place, and a promise breaks."""
+
+from unittest import mock
+
+import pytest
+import toy
+
+from zero_ref import RankError, comm, memory, partition
+from zero_ref.stage0 import Stage0
+from zero_ref.stage1 import Stage1
+from zero_ref.stage2 import Stage2
+from zero_ref.stage3 import Stage3
+
+N = 3
+PLAIN = {"norm": False}
+
+
+def broken(patch, *args):
+    """toy.run on a rank, with the engine patched there."""
+    with patch():
+        return toy.run(*args, toy=PLAIN)
+
+
+def run_broken(patch, stage):
+    return toy.ranks(broken, N, patch, stage, "sgd")
+
+
+def right_weights(run):
+    return toy.close(run["weights"], toy.single_process("sgd", world_size=N, toy=PLAIN))
+
+
+def right_bytes(run, stage, moment="after_backward"):
+    expected = memory.model_states(run["sizes"], N, stage)
+    frozen = [4 * -(-n // N) * (1 if stage == 3 else N) for n in run["frozen"]]
+    expected["parameters"] += sum(frozen)
+    return all(run[moment][kind] == expected[kind] for kind in ("parameters", "gradients"))
+
+
+def nothing():
+    return mock.patch.object(Stage0, "_average", Stage0._average)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_unbroken(stage):
+    runs = run_broken(nothing, stage)
+    assert all(right_weights(run) and right_bytes(run, stage) for run in runs)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_without_the_division_by_world_size(stage):
+    runs = run_broken(lambda: mock.patch.object(Stage0, "_average", lambda self, summed: None),
+                      stage)
+    assert not any(right_weights(run) for run in runs)
+
+
+def without_one_reduction():
+    intact = comm._reduce_scatter
+    calls = []
+
+    def skip_second(out, flat, group):
+        calls.append(1)
+        if len(calls) != 2:
+            return intact(out, flat, group)
+        out.copy_(comm._slices(flat, group)[comm.dist.get_rank(group)])
+        return comm.Handle([])
+
+    return mock.patch.object(comm, "_reduce_scatter", skip_second)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_without_one_reduction(stage):
+    assert not any(right_weights(run) for run in run_broken(without_one_reduction, stage))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_without_the_gather_after_the_step(stage):
+    runs = run_broken(lambda: mock.patch.object(Stage1, "_after_step", lambda self, units: None),
+                      stage)
+    assert not any(right_weights(run) for run in runs)
+
+
+def without_padding():
+    """The remainder is dropped where sizes do not divide."""
+    intact = partition.Unit.__init__
+
+    def truncated(self, *args):
+        intact(self, *args)
+        self.shard_numel = self.numel // N
+        self.padded_numel = self.shard_numel * N
+        self.own = slice(self.rank * self.shard_numel, (self.rank + 1) * self.shard_numel)
+
+    return mock.patch.object(partition.Unit, "__init__", truncated)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_without_padding(stage):
+    with pytest.raises(RankError):  # the views do not fit into the buffer
+        run_broken(without_padding, stage)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_without_freeing_gradients(stage):
+    runs = run_broken(lambda: mock.patch.object(Stage2, "_reduce", Stage1._reduce), stage)
+    assert all(right_weights(run) for run in runs)  # nothing but memory can tell
+    assert not any(right_bytes(run, stage) for run in runs)
+
+
+def test_without_freeing_gathered_parameters():
+    def keep(self, unit):
+        if unit.gathered:
+            unit.show_placeholders()
+
+    runs = run_broken(lambda: mock.patch.object(Stage3, "_reshard", keep), 3)
+    assert all(right_weights(run) for run in runs)
+    assert not any(right_bytes(run, 3) for run in runs)
+
+
+def test_with_a_sum_in_another_order_the_bits_change():
+    def own_first(parts, total, out):
+        out.copy_(sum(parts[1:], parts[0]) if comm.dist.get_rank() else sum(parts[:0:-1], parts[0]))
+
+    runs = run_broken(lambda: mock.patch.object(comm, "_sum", own_first), 1)
+    intact = run_broken(nothing, 1)
+    assert all(right_weights(run) for run in runs)
+    assert not toy.equal(runs[0]["weights"], intact[0]["weights"])

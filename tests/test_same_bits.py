@@ -1,0 +1,170 @@
+"""Promise 2: the same bits at every stage, and the right ones."""
+
+import pytest
+import torch
+import toy
+
+import zero_ref
+
+STAGES = (0, 1, 2, 3)
+BUFFERS = ("norm.running", "norm.num")  # BatchNorm's: rank 0's count, as with DDP
+
+
+def check_stages_agree(world_size, *args, **options):
+    by_rank = toy.ranks(toy.run_stages, world_size, STAGES, *args, **options)
+    reference = by_rank[0][0]
+    for stage in STAGES:
+        for rank, runs in enumerate(by_rank):
+            run = runs[stage]
+            skip = () if rank == 0 else BUFFERS
+            assert toy.equal(run["weights"], reference["weights"], skip), (stage, rank)
+            assert run["losses"] == runs[0]["losses"]
+            assert all(torch.equal(a, b) for a, b in zip(run["norms"], reference["norms"]))
+    return by_rank
+
+
+@pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_all_stages_equal_each_other_torch_ddp_and_one_process(world_size, optimizer):
+    check_stages_agree(world_size, optimizer)
+    plain = {"norm": False}  # BatchNorm sees another batch on one process
+    ours = toy.ranks(toy.run_stages, world_size, STAGES, optimizer, toy=plain)[0]
+    ddp = toy.ranks(toy.torch_ddp, world_size, optimizer, toy=plain)[0]
+    alone = toy.single_process(optimizer, world_size=world_size, toy=plain)
+    for run in ours:
+        assert toy.equal(run["weights"], ours[0]["weights"])
+        assert toy.close(run["weights"], ddp)
+        assert toy.close(run["weights"], alone)
+    if world_size == 1:
+        assert toy.equal(ours[0]["weights"], alone)
+
+
+def test_training_changes_every_trainable_parameter_and_no_frozen_one():
+    before = toy.build().state_dict()
+    for after in toy.ranks(toy.run_stages, 3, STAGES)[2]:
+        for name, value in after["weights"].items():
+            changed = (value != before[name]).all() if value.dim() < 2 else (
+                (value != before[name]).any(dim=1).all())  # every row
+            assert changed == (name != "blocks.3.weight"), name
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_batch_norm_follows_ddp(world_size):
+    # SGD: what comes before BatchNorm has shifts whose gradient is all rounding, and Adam would
+    # make large steps of it.
+    ours = toy.ranks(toy.run, world_size, 3, "sgd")
+    ddp = toy.ranks(toy.torch_ddp, world_size, "sgd")
+    for mine, theirs in zip(ours, ddp):
+        assert toy.close(mine["weights"], theirs)  # buffers of every rank included
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_without_overlap(world_size):
+    with_overlap = check_stages_agree(world_size)
+    without = check_stages_agree(world_size, overlap=False)
+    assert toy.equal(with_overlap[0][0]["weights"], without[0][0]["weights"])
+
+
+def test_without_reshard_after_forward():
+    kept = toy.ranks(toy.run, 3, 3, reshard_after_forward=False)
+    assert toy.equal(kept[0]["weights"], toy.ranks(toy.run, 3, 0)[0]["weights"])
+
+
+@pytest.mark.parametrize("units", [
+    toy.Block, (toy.Block, toy.Scale), toy.Toy,
+    lambda m: not any(m.children()),  # every leaf
+    lambda m: isinstance(m, torch.nn.Linear) and m.bias is None,  # the tied head among them
+])
+def test_any_choice_of_units(units):
+    check_stages_agree(3, units=units)
+
+
+@pytest.mark.parametrize("sync_all", [True, False])
+def test_gradient_accumulation(sync_all):
+    by_rank = check_stages_agree(3, micro=3, sync_all=sync_all, clip=(0.5,))
+    assert by_rank[0][0]["norms"][0] > 0.5  # or clipping did nothing
+
+
+@pytest.mark.parametrize("norm_type", [1, 2, 3, float("inf")])
+def test_clipping_by_the_global_norm(norm_type):
+    limit = 1e-3
+    by_rank = check_stages_agree(3, clip=(limit, norm_type), toy={"norm": False})
+    module = toy.build(norm=False)
+    x, y = (torch.cat(both) for both in zip(*(toy.batch(0, rank) for rank in range(3))))
+    torch.nn.functional.cross_entropy(module(x), y).backward()
+    whole = torch.nn.utils.clip_grad_norm_(module.parameters(), limit, norm_type)
+    for run in by_rank[2]:
+        assert torch.allclose(run["norms"][0], whole, rtol=1e-5)
+        assert whole > limit
+
+
+def unused(stage):
+    """A parameter that no rank uses, and one that only rank 1 uses."""
+    rank = torch.distributed.get_rank()
+    torch.manual_seed(rank)
+    module = torch.nn.ModuleDict({k: torch.nn.Linear(3, 3) for k in ("used", "rank1", "never")})
+    module.forward = lambda x: module["rank1"](module["used"](x)) if rank else module["used"](x)
+    # At stage 3 all ranks have to run the same units: here the root is the only one.
+    model = zero_ref.wrap(module, stage, units=None if stage == 3 else torch.nn.Linear)
+    opt = torch.optim.Adam(model.parameters())
+    for _ in range(2):
+        model(torch.ones(2, 3) + rank).sum().backward()
+        opt.step()
+        opt.zero_grad()
+    return model.state_dict()
+
+
+def test_parameters_without_a_gradient_do_not_hang():
+    reference = toy.ranks(unused, 2, 0)[0]
+    torch.manual_seed(0)
+    initial = {k: torch.nn.Linear(3, 3) for k in ("used", "rank1", "never")}
+    assert not torch.equal(reference["rank1.weight"], initial["rank1"].weight)
+    assert torch.equal(reference["never.weight"], initial["never"].weight)
+    for stage in (1, 2, 3):
+        assert all(toy.equal(r, reference) for r in toy.ranks(unused, 2, stage))
+
+
+def two_optimizers(stage):
+    model = zero_ref.wrap(toy.build(torch.distributed.get_rank()), stage)
+    named = dict(model.named_parameters())
+    opts = [torch.optim.Adam([p for n, p in named.items() if ("bias" in n) == bias])
+            for bias in (True, False)]
+    for step in range(4):
+        x, y = toy.batch(step, torch.distributed.get_rank())
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        opts[step % 2].step()
+        model.zero_grad()
+    return model.state_dict()
+
+
+def test_two_optimizers_take_turns():
+    reference = toy.ranks(two_optimizers, 3, 0)[0]
+    for stage in (1, 2, 3):
+        assert toy.equal(toy.ranks(two_optimizers, 3, stage)[0], reference)
+
+
+def checkpointed(stage, reentrant):
+    module = toy.build(torch.distributed.get_rank(), frozen=False)
+
+    def forward(ids):
+        x = module.token(ids)
+        for block in module.blocks:
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=reentrant)
+        return module.head(module.norm(x))
+
+    if reentrant is not None:
+        module.forward = forward
+    model = zero_ref.wrap(module, stage)
+    opt = torch.optim.Adam(model.parameters())
+    for step in range(2):
+        x, y = toy.batch(step, torch.distributed.get_rank())
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_activation_checkpointing(stage):
+    plain, recomputed = (toy.ranks(checkpointed, 2, stage, r)[0] for r in (None, False))
+    assert toy.equal(plain, recomputed)
