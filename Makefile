@@ -8,7 +8,7 @@ BIN := .venv/bin
 .PHONY: compare test clean
 
 compare: .venv/.installed
-	$(BIN)/zero-ref compare --figure figures/compare.png $(ARGS)
+	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .

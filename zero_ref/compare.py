@@ -175,7 +175,7 @@ def print_report(report):
     console = Console(width=None if sys.stdout.isatty() else 96, highlight=False)
     n = report["world_size"]
     console.print(f"{report['task']}: Ψ = {report['parameters']:,} parameters in fp32, N = {n} "
-                  f"ranks on {report['device']}, {report['optimizer']}, {report['steps']} steps of "
+                  f"ranks on {report['device']}\n{report['optimizer']}, {report['steps']} steps of "
                   f"{report['batch_size']} samples, torch {report['torch']}\n")
     result = _table("The same training", "l", "", "r", "final loss",
                     "r", f"held-out {report['metric']}", "l", "weights against stage 0",
