@@ -106,8 +106,9 @@ def test_modules_that_differ_between_ranks(change, sentences):
 
 
 def test_stages_that_differ_between_ranks():
-    expect(lambda: zero_ref.wrap(toy.build(), dist.get_rank()), "rank 0 has stage 0",
-           "rank 1 has stage 1")
+    expect(lambda: zero_ref.wrap(toy.build(), dist.get_rank()),
+           "rank 0 has stage, reshard_after_forward = 0 True",
+           "rank 1 has stage, reshard_after_forward = 1 True")
 
 
 def test_a_mistake_on_one_rank_is_an_error_on_all():
@@ -127,6 +128,39 @@ def test_wrapped_twice(stage):
     expect(twice, "ValueError: this Toy is wrapped already")
     expect(lambda: zero_ref.wrap(zero_ref.wrap(toy.build(), stage), stage),
            "is wrapped already")
+
+
+def test_a_part_that_belongs_to_another_model():
+    def share():
+        actor, critic = toy.build(), toy.build()
+        critic.blocks = actor.blocks
+        model = zero_ref.wrap(actor, 1)
+        zero_ref.wrap(critic, 1)
+        return model
+
+    expect(share, "ValueError: submodule 'blocks' of this Toy is wrapped already")
+
+
+def test_parameters_that_share_memory():
+    def wrap():
+        module = toy.build()
+        module.blocks[0].up.bias.data = module.blocks[2].up.bias.data
+        zero_ref.wrap(module, 0)
+
+    expect(wrap, "'blocks.2.up.bias' and 'blocks.0.up.bias' are two parameters that share their",
+           "tie them by using one nn.Parameter")
+
+
+def test_a_step_with_gradients_that_were_never_reduced():
+    def step():
+        model = zero_ref.wrap(toy.build(), 2)
+        opt = torch.optim.Adam(model.parameters())
+        with model.no_sync():
+            model(toy.batch(0, 0)[0]).sum().backward()
+        opt.step()
+
+    expect(step, "RuntimeError: Adam.step() with a gradient of", "has not been reduced",
+           "has to run outside")
 
 
 def test_a_module_can_be_wrapped_again_once_its_model_is_gone():

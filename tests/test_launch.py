@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -77,6 +78,21 @@ def test_bad_world_size(world_size):
 def test_launch_inside_a_rank_is_refused():
     with pytest.raises(zero_ref.RankError, match="a rank already"):
         zero_ref.launch(lambda: zero_ref.launch(dist.get_rank, 2), 2)
+
+
+def test_several_threads_may_launch():
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(zero_ref.launch, dist.get_rank, 2) for _ in range(8)]
+        assert all(call.result() == [0, 1] for call in calls)
+
+
+def load_with_workers():
+    data = torch.utils.data.TensorDataset(torch.arange(4))
+    return [x.item() for x, in torch.utils.data.DataLoader(data, num_workers=1, batch_size=None)]
+
+
+def test_a_rank_may_have_workers():
+    assert zero_ref.launch(load_with_workers, 1) == [[0, 1, 2, 3]]
 
 
 def test_init_outside_torchrun():
@@ -160,11 +176,13 @@ def test_torchrun(tmp_path):
     script.write_text("import torch.distributed as dist, zero_ref\n"
                       "device = zero_ref.init()\n"
                       "with open(f'{__file__}.{dist.get_rank()}', 'w') as file:\n"
-                      "    print(dist.get_world_size(), device, dist.get_backend(), file=file)\n"
+                      "    config = dist.get_backend_config()\n"
+                      "    print(dist.get_world_size(), device, config, file=file)\n"
                       "dist.destroy_process_group()\n")
     done = subprocess.run([*TORCHRUN, script], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
-        has_gpu = torch.cuda.device_count() >= 2
-        expected = f"2 cuda:{rank} nccl\n" if has_gpu else "2 cpu gloo\n"
+        expected = "2 cpu cpu:gloo,cuda:gloo\n"
+        if torch.cuda.device_count() >= 2:
+            expected = f"2 cuda:{rank} cpu:gloo,cuda:nccl\n"
         assert (tmp_path / f"script.py.{rank}").read_text() == expected

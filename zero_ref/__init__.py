@@ -35,7 +35,11 @@ def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward
         forward and backward: 2Ψ instead of 3Ψ elements sent, for the memory of the whole model.
     overlap: whether backward goes on while gradients are reduced. The result has the same bits.
 
-    Rank 0's initial values are broadcast. Build the optimizer from `model.parameters()`.
+    Rank 0's initial values are broadcast. Build the optimizer from `model.parameters()`. From stage
+    1 on these are 1-D pieces: sort them into groups by name, not by shape; clip with
+    `model.clip_grad_norm_`; write values inside `model.full_params()`. A parameter that gets no
+    gradient in a backward gets a zero.
+
     Returns a Stage0, Stage1, Stage2 or Stage3. Raises ValueError for an argument or a module that
     does not fit, also if it differs between the ranks, and RuntimeError without a process group.
     """
@@ -50,7 +54,7 @@ def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward
         problem = error
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
-    _agree(stage, module, parts, problem, group)
+    _agree((stage, reshard_after_forward), module, parts, problem, group)
     if stage == 3:
         return Stage3(module, parts, group, overlap, reshard_after_forward)
     return _STAGES[stage](module, parts, group, overlap)
@@ -59,14 +63,16 @@ def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward
 def _plan(module, stage, units, group):
     if type(stage) is not int or stage not in _STAGES:
         raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3")
-    if any(isinstance(m, Stage0) for m in module.modules()) or module in wrapped:
-        raise ValueError(f"this {type(module).__name__} is wrapped already: build a new one")
+    for name, m in module.named_modules():
+        if isinstance(m, Stage0) or m in wrapped:
+            what = f"submodule {name!r} of this" if name else "this"
+            raise ValueError(f"{what} {type(module).__name__} is wrapped already: build a new one")
     return partition(module, units, dist.get_rank(group), dist.get_world_size(group))
 
 
-def _agree(stage, module, parts, problem, group):
+def _agree(options, module, parts, problem, group):
     """Raise the same ValueError on every rank unless all of them plan to do the same."""
-    plan = [("stage", stage)]
+    plan = [("stage, reshard_after_forward =", *options)]
     for unit in parts or []:
         plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]

@@ -89,7 +89,7 @@ def _train(args):
 
     _check_output(args.json)
     settings = dict(_settings(args), device=args.device, data_dir=args.data_dir)
-    if "RANK" in os.environ:  # torchrun has started the ranks
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun has started the ranks
         world_size = int(os.environ["WORLD_SIZE"])
         if args.world_size not in (None, world_size):
             raise ValueError(f"--world-size {args.world_size}, but torchrun started {world_size} "
@@ -118,11 +118,15 @@ def _settings(args):
             "seed": args.seed}
 
 
-def _check_output(*paths):
-    """Complain about a folder that is not there before the run, not after it."""
-    for path in paths:
-        if path and not path.resolve().parent.is_dir():
+def _check_output(json_file, figure=None):
+    """Complain about a file that cannot be written before the run, not after it."""
+    for path in filter(None, (json_file, figure)):
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
+        if not path.resolve().parent.is_dir():
             raise ValueError(f"cannot write {path}: the folder {path.parent} does not exist")
+    if figure and figure.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"cannot draw {figure}: the name must end with .png, .svg or .pdf")
 
 
 def _write_json(path, report):

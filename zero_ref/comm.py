@@ -9,10 +9,11 @@ With N ranks and a buffer of B bytes, each rank has to send
     all_gather       (N-1)/N·B
     all_reduce       2·(N-1)/N·B, because it is a reduce_scatter followed by an all_gather
 
-On NCCL these are the built-in collectives. On gloo they are direct messages between the ranks,
-for two reasons: gloo's own reduce-scatter moves a whole all-reduce, and adding up what arrived in
-rank order gives sums whose bits do not depend on where a buffer happens to be cut. The second is
-why all stages end with the same weights, bit for bit, at any world size.
+On NCCL these are the built-in collectives (whose broadcast passes the buffer on from rank to rank
+instead). On gloo they are direct messages between the ranks, for two reasons: gloo's own
+reduce-scatter moves a whole all-reduce, and adding up what arrived in rank order gives sums whose
+bits do not depend on where a buffer happens to be cut. The second is why all stages end with the
+same weights, bit for bit, at any world size.
 """
 
 import pickle
@@ -79,7 +80,7 @@ def all_reduce(flat, group, *, unit, phase) -> Handle:
     event = _begin("all_reduce", flat, group, unit, phase)
     own = _slices(flat, group)[dist.get_rank(group)]
     scattered = _reduce_scatter(own, flat, group)
-    if _built_in(group):  # NCCL runs what it is given in order: both halves can be issued now
+    if _on_nccl(flat, group):  # NCCL runs what it is given in order: both halves can be issued now
         return Handle([scattered, _all_gather(flat, own, group)]).recorded(event)
     return Handle([scattered], lambda: _all_gather(flat, own, group).wait()).recorded(event)
 
@@ -98,7 +99,7 @@ def all_gather_object(obj, group, *, phase) -> list:
 
 
 def _broadcast(flat, group):
-    if _built_in(group):
+    if _on_nccl(flat, group):
         return Handle([dist.broadcast(flat, group=group, group_src=0, async_op=True)])
     if dist.get_rank(group) == 0:
         return _exchange(group, send={r: flat for r in _others(group)}, recv={})
@@ -106,7 +107,7 @@ def _broadcast(flat, group):
 
 
 def _reduce_scatter(out, flat, group):
-    if _built_in(group):
+    if _on_nccl(flat, group):
         return Handle([_nccl_reduce_scatter(out, flat, group=group, async_op=True)])
     rank, others = dist.get_rank(group), _others(group)
     slices = _slices(flat, group)
@@ -133,7 +134,7 @@ def _sum(parts, total, out):
 
 
 def _all_gather(flat, own, group):
-    if _built_in(group):
+    if _on_nccl(flat, group):
         return Handle([_nccl_all_gather(flat, own, group=group, async_op=True)])
     slices = _slices(flat, group)
     mine = slices[dist.get_rank(group)]
@@ -148,8 +149,10 @@ def _exchange(group, send, recv):
     memory, so CUDA tensors are staged there."""
     landing = {r: t if t.device.type == "cpu" else torch.empty_like(t, device="cpu")
                for r, t in recv.items()}
+    leaving = {t.data_ptr(): t.cpu() for t in send.values()}
     works = [dist.irecv(t, group=group, group_src=r, tag=_TAG) for r, t in landing.items()]
-    works += [dist.isend(t.cpu(), group=group, group_dst=r, tag=_TAG) for r, t in send.items()]
+    works += [dist.isend(leaving[t.data_ptr()], group=group, group_dst=r, tag=_TAG)
+              for r, t in send.items()]
 
     def unstage():
         for r, t in recv.items():
@@ -170,8 +173,10 @@ def _others(group):
     return [(rank + k) % world_size for k in range(1, world_size)]
 
 
-def _built_in(group):
-    return dist.get_backend(group) != "gloo"
+def _on_nccl(flat, group):
+    """Whether the group's backend for the buffer's device is NCCL (and not gloo)."""
+    by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return by_device[flat.device.type] != "gloo"
 
 
 def _begin(op, flat, group, unit, phase):

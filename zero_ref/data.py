@@ -63,9 +63,10 @@ def batches(task, steps, batch_size, rank, world_size, seed) -> Iterator[tuple[T
     Raises ValueError if the batch does not divide, or is larger than the data.
     """
     if batch_size % world_size or not 0 < batch_size <= len(task.train):
-        fits = max(world_size, batch_size - batch_size % world_size)
+        limit = min(batch_size, len(task.train))
         raise ValueError(f"batch size {batch_size}: must divide among {world_size} ranks and be at "
-                         f"most {len(task.train)}; {min(fits, len(task.train))} would work")
+                         f"most {len(task.train)}; {max(world_size, limit - limit % world_size)} "
+                         "would work")
     sampler = DistributedSampler(task.train, world_size, rank, seed=seed, drop_last=True)
     loader = DataLoader(task.train, batch_size // world_size, sampler=sampler, drop_last=True)
     return _first(steps, loader, sampler)

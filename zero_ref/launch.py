@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 _GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
 _pools: dict[tuple[int, str], "_Pool"] = {}
+_one_at_a_time = threading.Lock()
 
 
 class RankError(RuntimeError):
@@ -41,11 +42,11 @@ class RankError(RuntimeError):
 
 def launch(fn, world_size, *args, backend=None):
     """Run `fn(*args)` on `world_size` ranks, joined in one process group. Returns the list of their
-    results in rank order.
+    results in rank order. The processes stay for the next call, with the modules they imported.
 
     `fn` may be defined in a script or a notebook cell. What the ranks print appears here, each line
-    labelled with its rank. backend: default "nccl" if every rank can have a GPU of its own, else
-    "gloo". Collectives give up after $ZERO_REF_TIMEOUT seconds (default 600).
+    labelled with its rank. backend: by default gloo, and nccl for CUDA tensors too if every rank
+    can have a GPU of its own. Collectives give up after $ZERO_REF_TIMEOUT seconds (default 600).
 
     Raises RankError within seconds if a rank fails (all ranks are ended then, and the next call
     starts new ones), and ValueError if world_size is below 1.
@@ -57,21 +58,23 @@ def launch(fn, world_size, *args, backend=None):
                            "call zero_ref.init() and run the function itself")
     backend = backend or _default_backend(world_size)
     job = cloudpickle.dumps((fn, args))
-    pool = _pools.get((world_size, backend))
-    if pool is None or not pool.alive():
-        pool = _pools[world_size, backend] = _Pool(world_size, backend)
-    try:
-        return pool.run(job)
-    except BaseException:  # also Ctrl-C: the ranks' state is unknown now
-        pool.close()
-        raise
+    with _one_at_a_time:
+        pool = _pools.get((world_size, backend))
+        if pool is None or not pool.alive():
+            pool = _pools[world_size, backend] = _Pool(world_size, backend)
+        try:
+            return pool.run(job)
+        except BaseException:  # also Ctrl-C: the ranks' state is unknown now
+            pool.close()
+            raise
 
 
 def init(backend=None):
     """Join the ranks that torchrun started. Returns this rank's torch.device.
 
-    backend: default "nccl" if this machine has a GPU for each of its ranks, else "gloo". With nccl,
-    LOCAL_RANK decides which GPU is this rank's. Raises RuntimeError outside torchrun.
+    backend: by default gloo, and nccl for CUDA tensors too if this machine has a GPU for each of
+    its ranks. With nccl, LOCAL_RANK decides which GPU is this rank's. Raises RuntimeError outside
+    torchrun.
     """
     missing = [v for v in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if v not in os.environ]
     if missing:
@@ -83,12 +86,12 @@ def init(backend=None):
 
 
 def _default_backend(ranks_here):
-    return "nccl" if torch.cuda.device_count() >= ranks_here else "gloo"
+    return "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= ranks_here else "gloo"
 
 
 def _join(backend, local_rank, **rendezvous):
     device = torch.device("cpu")
-    if backend == "nccl":
+    if "nccl" in backend:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=float(os.environ.get("ZERO_REF_TIMEOUT", 600)))
@@ -115,7 +118,7 @@ class _Pool:
             (job, job_there), (control, control_there) = context.Pipe(), context.Pipe()
             place = (rank, world_size, backend, self.store.port)
             process = context.Process(target=_rank_main, args=(*place, job_there, control_there),
-                                      name=f"rank {rank}", daemon=True)
+                                      name=f"rank {rank}")
             with _nameless_main():
                 process.start()
             job_there.close()
@@ -235,8 +238,12 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, cores // world_size))
 
+    one_at_a_time = threading.Lock()  # a rank's threads may print, too
+
     def send(kind, value):
-        jobs.send_bytes(cloudpickle.dumps((kind, value)))
+        message = cloudpickle.dumps((kind, value))
+        with one_at_a_time:
+            jobs.send_bytes(message)
 
     joined = False
     while True:

@@ -36,9 +36,8 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
 def resident(model, optimizer=None):
     """The same three sums, measured: the sizes of the storages that are alive, each counted once.
 
-    model: what `zero_ref.wrap` returned, or any nn.Module. The optimizer's step counters (one
-    number per parameter tensor) are not model states and are left out. Buffers and activations are
-    not counted either.
+    model: what `zero_ref.wrap` returned, or any nn.Module. What the optimizer keeps once per tensor
+    (its step count, say) and not per element is left out, as are buffers and activations.
     """
     params, grads = [*model.parameters(), *nn.Module.parameters(model)], []
     for unit in getattr(model, "units", []):
@@ -48,8 +47,9 @@ def resident(model, optimizer=None):
     if in_flight:
         grads.append(in_flight[1])
     grads += [p.grad for p in params if p is not None]
-    states = [value for state in (optimizer.state.values() if optimizer else ())
-              for key, value in state.items() if key != "step"]
+    states = [value for p, state in (optimizer.state.items() if optimizer else ())
+              for key, value in state.items()
+              if key != "step" and getattr(value, "shape", None) == p.shape]
     return {"parameters": _bytes(params), "gradients": _bytes(grads), "optimizer": _bytes(states)}
 
 

@@ -2,6 +2,7 @@
 
 import weakref
 
+import torch
 from torch import optim
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -21,11 +22,16 @@ def watch(model):
 
     def before(optimizer, args, kwargs):
         _refuse_foreign(ref(), optimizer)
-        if ref().stage >= 1 and _units_in(ref(), optimizer):
+        units = _units_in(ref(), optimizer)
+        if units:
+            _refuse_unreduced(optimizer, units)
+        if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
 
     def after(optimizer, args, kwargs):
         units = _units_in(ref(), optimizer)
+        for unit in units:  # a graph from before the step may not be differentiated any more
+            torch.autograd.graph.increment_version(unit.params)
         if units:
             ref()._after_step(units)
 
@@ -48,6 +54,16 @@ def _refuse_foreign(model, optimizer):
                     f"this {type(optimizer).__name__} holds {name!r} of the bare module, which "
                     "training does not update; build it from model.parameters() or "
                     "model.named_parameters(), where model is what zero_ref.wrap returned")
+
+
+def _refuse_unreduced(optimizer, units):
+    for unit in units:
+        for name, p in zip(unit.names, unit.params):
+            if p.grad is not None:
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}.step() with a gradient of {name!r} that has not "
+                    "been reduced: after no_sync(), the last backward before a step has to run "
+                    "outside of it; model.zero_grad() drops what was accumulated")
 
 
 def _refuse_not_elementwise(model, optimizer):

@@ -40,11 +40,21 @@ class Placeholder(nn.Parameter):
     __str__ = __repr__
 
 
-def placeholder(p, name, unit):
-    """A Placeholder for parameter `p`, which still is a view of its unit's flat buffer."""
-    held = torch.Tensor._make_subclass(Placeholder, p.data, p.requires_grad)
-    held._name, held._unit = name, unit
-    return held
+def make_placeholders(unit):
+    """One for each parameter of the unit, which still are views of its flat buffer."""
+    placeholders = []
+    for name, p in zip(unit.names, unit.params):
+        held = torch.Tensor._make_subclass(Placeholder, p.data, p.requires_grad)
+        held._name, held._unit = name, unit.name
+        placeholders.append(held)
+    return placeholders
+
+
+def show_in_module(unit, params):
+    """Put these, the unit's parameters or its placeholders, where the module has its parameters."""
+    for p, places in zip(params, unit.slots):
+        for module, attribute in places:
+            module._parameters[attribute] = p
 
 
 def _flatten(value):

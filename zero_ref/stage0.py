@@ -6,8 +6,8 @@
     Phase 2  backward    as soon as autograd has produced the gradients of a unit, they are summed
                          over the ranks: one all_reduce per unit, 2Ψ·(N-1)/N elements sent in all,
                          while autograd goes on with the unit before it
-    Phase 3  the end of  the sums are divided by N and handed to the optimizer's parameters
-             backward
+    Phase 3  average     when a unit's sum has arrived, it is divided by N and handed to the
+                         optimizer's parameters
     Phase 4  step        every rank updates every parameter, all in the same way
 
 The later stages keep these four phases and change what is kept after each.
@@ -26,10 +26,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from . import comm, optim
+from . import clip, comm, optim
 
-wrapped = weakref.WeakSet()  # the modules that belong to a model
+wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
 
 
 class Stage0(nn.Module):
@@ -42,6 +43,7 @@ class Stage0(nn.Module):
         self.module, self.units = module, units
         self.group, self.overlap = group, overlap
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._in_full_params = False
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
 
         for unit in units:
@@ -60,8 +62,9 @@ class Stage0(nn.Module):
         self._in_flight = None  # (unit, its reduced gradient, handle)
 
         hooks = self._register_hooks()
-        wrapped.add(module)
-        weakref.finalize(self, _unwrap, hooks, weakref.ref(module)).atexit = False
+        members = weakref.WeakSet(module.modules())
+        wrapped.update(members)
+        weakref.finalize(self, _unwrap, hooks, members).atexit = False
 
     def _register_hooks(self):
         hooks = optim.watch(self)
@@ -74,9 +77,12 @@ class Stage0(nn.Module):
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
+        self._drop_failed_backward()
         if self.training and torch.is_grad_enabled():
             self._broadcast_buffers("forward")
-        return self.module(*args, **kwargs)
+        output = self.module(*args, **kwargs)
+        self._on_grad_of(output, "_begin_backward")
+        return output
 
     def _broadcast_buffers(self, phase):
         """Rank 0's buffers (BatchNorm's statistics, say) for everyone: one message per dtype."""
@@ -92,7 +98,14 @@ class Stage0(nn.Module):
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
-    def _begin_backward(self):
+    def _on_grad_of(self, output, method, *args):
+        """Call self.method(*args, grad) when backward has the gradient of a tensor in `output`."""
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(self._weak_hook(method, *args))
+
+    def _begin_backward(self, grad=None):
+        """Runs at the model's output; at the first parameter, should the output be hidden."""
         if not self._in_backward:
             self._in_backward = True
             # Always the same order on every rank, whatever order the gradients arrive in.
@@ -121,17 +134,17 @@ class Stage0(nn.Module):
 
     def _start_reduction(self, unit):
         self._finish_reduction()  # one unit in flight at a time bounds the memory
-        if unit.grad is None:
-            unit.grad = unit.flat.new_zeros(unit.padded_numel)
         unit.fill_gaps()
         self._in_flight = (unit, *self._reduce(unit))
 
     def _reduce(self, unit):
-        """Start to sum the unit's gradient. Returns where this rank's result will be, a handle."""
+        """Start to sum the unit's gradient. Returns where this rank's result will be, a handle.
+        (On gloo, the all-gather half of an all_reduce starts only when the handle is waited for.)
+        """
         handle = comm.all_reduce(unit.grad, self.group, unit=unit.name, phase="backward")
         return unit.grad, handle
 
-    # ---- Phase 3: the end of backward ------------------------------------------------------------
+    # ---- Phase 3: average ------------------------------------------------------------------------
 
     def _finish_reduction(self):
         if self._in_flight is None:
@@ -153,15 +166,30 @@ class Stage0(nn.Module):
         while self._sync and self._queue:
             self._start_reduction(self._queue.pop())
         self._finish_reduction()
+        self._leave_backward()
+
+    def _leave_backward(self):
         for unit in self.units:
             unit.ready.clear()
-        self._in_backward = False
+            unit.grad = None
+        self._in_backward, self._in_flight = False, None
+
+    def _drop_failed_backward(self):
+        """A backward that raised never came to its end: forget it, or the next would add to it."""
+        if self._in_backward and torch._C._current_graph_task_id() == -1:  # none is running
+            if self._in_flight is not None:
+                self._in_flight[-1].wait()
+            self._leave_backward()
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
     def _make_owned(self, unit):
         """What the optimizer sees of the unit's parameters: at this stage, all of each."""
-        return [nn.Parameter(view) for view in self._owned_views(unit, unit.flat)]
+        return self._as_parameters(unit, unit.flat)
+
+    def _as_parameters(self, unit, buffer):
+        return [nn.Parameter(view, requires_grad=not unit.frozen)
+                for view in self._owned_views(unit, buffer)]
 
     def _owned_views(self, unit, buffer):
         """`buffer`, parameters or gradients, as one view per parameter."""
@@ -178,23 +206,9 @@ class Stage0(nn.Module):
         """Scale all gradients so that their global norm is at most `max_norm`.
 
         Returns the norm before clipping, a 0-dim tensor with the same bits on every rank and at
-        every stage: a norm per parameter and slice, then the norm of those.
+        every stage.
         """
-        norms = torch.zeros(len(self._named_parameters), self.world_size, device=self._device())
-        rows = iter(norms)
-        for unit in self.trainable:
-            for index, p in enumerate(unit.owned):
-                row = next(rows)
-                if p.grad is not None:
-                    for r, part in self._owned_slices(unit, index, p.grad).items():
-                        row[r] = torch.linalg.vector_norm(part, norm_type) if part.numel() else 0
-        self._share_norms(norms)
-        total = torch.linalg.vector_norm(norms, norm_type)
-        scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad.mul_(scale)
-        return total
+        return clip.clip_grad_norm_(self, max_norm, float(norm_type))
 
     def _share_norms(self, norms):
         """norms: (parameters, world_size). At this stage every rank has computed all of them."""
@@ -204,7 +218,7 @@ class Stage0(nn.Module):
     def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
         """(name, parameter) for each trainable parameter, as this rank's optimizer sees it."""
         for name, p in self._named_parameters:
-            yield prefix + name, p
+            yield f"{prefix}.{name}" if prefix else name, p
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
@@ -215,7 +229,7 @@ class Stage0(nn.Module):
     @contextmanager
     def no_sync(self):
         """Inside, backward sends nothing and accumulates local gradients, a full set of them at
-        every stage. The first backward outside reduces the sum."""
+        every stage. The first backward outside reduces the sum; `model.zero_grad()` drops it."""
         before, self._sync = self._sync, False
         try:
             yield
@@ -225,12 +239,17 @@ class Stage0(nn.Module):
     @contextmanager
     def full_params(self):
         """All parameters in full, in `model.module`, on every rank (so all must enter together).
-        What rank 0 writes there is kept."""
+        What rank 0 writes into them there is kept."""
+        if self._in_full_params:
+            yield
+            return
         self._gather_all()
+        self._in_full_params = True
         try:
             with torch.no_grad():
                 yield
         finally:
+            self._in_full_params = False
             for unit in self.units:
                 comm.broadcast(unit.flat, self.group, unit=unit.name, phase="full_params").wait()
             self._keep_all()
@@ -244,7 +263,8 @@ class Stage0(nn.Module):
     def state_dict(self):
         """Full, unpadded copies under the original names, on every rank (so all must call it)."""
         self._gather_all()
-        full = {name: t.clone() for name, t in self.module.state_dict().items()}
+        full = {name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in self.module.state_dict().items()}
         self._keep_all()
         return full
 
@@ -259,17 +279,20 @@ class Stage0(nn.Module):
         raise RuntimeError("a wrapped model cannot be moved or cast: its flat buffers would stay "
                            "behind; call .to(...) on the module before zero_ref.wrap")
 
-    def _device(self):
-        return self.units[0].flat.device
-
     def _weak_hook(self, method, *args):
         """A hook that calls self.method(*args, …) and does not keep the model alive."""
         model = weakref.ref(self)
-        return lambda *more: getattr(model(), method)(*args, *more)
+
+        def hook(*more):
+            if model() is not None:
+                return getattr(model(), method)(*args, *more)
+
+        return hook
 
 
-def _unwrap(hooks, module):
+def _unwrap(hooks, members):
     """When a model is gone, its hooks go too, and its module may be wrapped again."""
     for hook in hooks:
         hook.remove()
-    wrapped.discard(module())
+    for member in members:
+        wrapped.discard(member)

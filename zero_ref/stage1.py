@@ -6,8 +6,8 @@ updated slice afterwards. The all_reduce of stage 0 comes apart into its two hal
 in between:
 
     Phase 2  backward    one reduce_scatter per unit, Ψ·(N-1)/N elements sent in all
-    Phase 3  the end of  only this rank's slice of the gradient is divided and handed over. The
-             backward    rest of the buffer stays allocated, which stage 2 will change
+    Phase 3  average     only this rank's slice of the gradient is divided and handed over. The
+                         rest of the buffer stays allocated, which stage 2 will change
     Phase 4  step        every rank updates its slice; then one all_gather of the parameters per
                          unit, Ψ·(N-1)/N elements sent in all
 
@@ -15,8 +15,6 @@ Together 2Ψ·(N-1)/N, as at stage 0: the all-gather has moved from gradients to
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1.
 """
-
-from torch import nn
 
 from . import comm
 from .stage0 import Stage0
@@ -28,7 +26,7 @@ class Stage1(Stage0):
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
     def _reduce(self, unit):
-        reduced = unit.grad[unit.own]  # in place: the other slices keep the local gradient
+        reduced = unit.grad[unit.own_slice]  # in place: the other slices keep the local gradient
         handle = comm.reduce_scatter(reduced, unit.grad, self.group,
                                      unit=unit.name, phase="backward")
         return reduced, handle
@@ -36,7 +34,7 @@ class Stage1(Stage0):
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
     def _make_owned(self, unit):
-        return [nn.Parameter(view) for view in self._owned_views(unit, unit.shard)]
+        return self._as_parameters(unit, unit.shard)
 
     def _owned_views(self, unit, buffer):
         return unit.shard_views(buffer)

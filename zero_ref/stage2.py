@@ -3,10 +3,11 @@
 Stage 1 plus one partition: the sum of a unit's gradients goes into a buffer of the slice's own
 size, so that the full buffer is freed as soon as it has been sent:
 
-    Phase 2  backward    one reduce_scatter per unit, as at stage 1. At most two units have a full
-                         gradient buffer at a time: one filling up, one in flight
-    Phase 3  the end of  what is left of a unit's gradients is this rank's slice
-             backward
+    Phase 2  backward    one reduce_scatter per unit, as at stage 1. Full gradient buffers exist
+                         only for the unit that fills up, the one in flight, and the root, whose
+                         parameters are used first and last (and for units that run in another
+                         order than they were defined, until their turn comes)
+    Phase 3  average     what is left of a unit's gradients is this rank's slice
 
 Ψ·(N-1)/N + Ψ·(N-1)/N elements sent, as at stage 1. Rajbhandari et al., ZeRO, section 5.2.
 """

@@ -6,8 +6,8 @@ after, so the all_gather after the step is gone:
 
     Phase 1  forward     unshard each unit (all_gather), run it, reshard it:
                          Ψ·(N-1)/N elements sent in all
-    Phase 2  backward    unshard each unit again, Ψ·(N-1)/N; when its gradients are there, reshard
-                         it and reduce_scatter them, Ψ·(N-1)/N
+    Phase 2  backward    unshard each unit again, Ψ·(N-1)/N; when autograd has left it, reshard it.
+                         One reduce_scatter of its gradients as at stage 2, Ψ·(N-1)/N
     Phase 4  step        every rank updates its slice, and sends nothing
 
 Together 3Ψ·(N-1)/N, 1.5 times stage 0. What is left at the peak are the slices plus the units that
@@ -17,16 +17,20 @@ A unit's flat buffer keeps its address in every view that autograd has saved. Le
 emptying the storage behind them (`untyped_storage().resize_(0)`), not pointing the parameter
 elsewhere: saved views would keep the old memory alive.
 
+All ranks have to run the same units in the same order. What a unit returns has to be made of
+tensors in tuples, lists and dicts: backward is noticed there.
+
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of PyTorch's FSDP2.
 """
 
 from collections import defaultdict
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.autograd.graph import register_multi_grad_hook
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import comm
+from .placeholder import make_placeholders, show_in_module
 from .stage2 import Stage2
 
 
@@ -34,8 +38,8 @@ class Stage3(Stage2):
     stage = 3
 
     def __init__(self, module, units, group, overlap=True, reshard_after_forward=True):
-        super().__init__(module, units, group, overlap)
         self.reshard_after_forward = reshard_after_forward
+        super().__init__(module, units, group, overlap)
 
     def _register_hooks(self):
         hooks = super()._register_hooks()
@@ -43,9 +47,10 @@ class Stage3(Stage2):
         for unit in self.units:
             self._units_of[unit.module].append(unit)
         for submodule in self._units_of.keys() - {self.module}:  # the root's turn is in forward()
-            pre, post = self._weak_hook("_pre_forward"), self._weak_hook("_post_forward")
-            hooks.append(submodule.register_forward_pre_hook(pre))
-            hooks.append(submodule.register_forward_hook(post))
+            # First, before a hook of the user's may want to see the parameters.
+            hooks.append(submodule.register_forward_pre_hook(
+                self._weak_hook("_pre_forward"), prepend=True, with_kwargs=True))
+            hooks.append(submodule.register_forward_hook(self._weak_hook("_post_forward")))
         return hooks
 
     # ---- unshard and reshard ---------------------------------------------------------------------
@@ -55,34 +60,52 @@ class Stage3(Stage2):
         if not unit.gathered:
             unit.flat.untyped_storage().resize_(unit.padded_numel * unit.flat.itemsize)
             comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase=phase).wait()
-            unit.show_full()
+            for p, view in zip(unit.params, unit.full_views(unit.flat)):
+                p.data = view
+            show_in_module(unit, unit.params)
+            unit.gathered = True
 
     def _reshard(self, unit):
         """Let go of all but this rank's slice."""
-        if unit.gathered:
-            unit.show_placeholders()
+        if unit.gathered and not self._in_full_params:
+            show_in_module(unit, unit.placeholders)
+            for p in unit.params:  # for who kept a reference: an empty tensor, not a dangling one
+                p.data = p.data.new_empty(0)
             unit.flat.untyped_storage().resize_(0)
+            unit.gathered = False
 
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
-        self._pre_forward(self.module, args)
+        args, kwargs = self._pre_forward(self.module, args, kwargs)
         output = super().forward(*args, **kwargs)
-        self._post_forward(self.module, args, output)
-        return output
+        return self._post_forward(self.module, args, output)
 
-    def _pre_forward(self, submodule, args):
-        for unit in self._units_of[submodule]:
+    def _pre_forward(self, submodule, args, kwargs):
+        units = self._units_of.get(submodule, [])  # none: the root, or a copy that has our hooks
+        for unit in units:
             self._unshard(unit, "forward")
+        if not units or not torch.is_grad_enabled():
+            return args, kwargs
+        # Backward has left the unit when it has the gradients of these views of its inputs.
+        inputs, structure = tree_flatten((args, kwargs))
+        inputs = [x.view_as(x) if _has_grad(x) else x for x in inputs]
+        if any(map(_has_grad, inputs)):
+            register_multi_grad_hook([x for x in inputs if _has_grad(x)],
+                                     self._weak_hook("_post_backward", submodule))
+        return tree_unflatten(inputs, structure)
 
     def _post_forward(self, submodule, args, output):
-        for unit in self._units_of[submodule]:
+        units = self._units_of.get(submodule, [])
+        if not units:
+            return output
+        output = tree_map(lambda x: x.clone() if _is_fragile(x, units) else x, output)
+        self._on_grad_of(output, "_pre_backward", submodule)
+        for unit in units:
             recomputing = unit.in_backward  # activation checkpointing runs forward again
             if not recomputing and (self.reshard_after_forward or not torch.is_grad_enabled()):
                 self._reshard(unit)
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-                tensor.register_hook(self._weak_hook("_pre_backward", submodule))
+        return output
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
@@ -93,25 +116,37 @@ class Stage3(Stage2):
             unit.in_backward = True
             self._unshard(unit, "backward")
 
+    def _post_backward(self, submodule, grads):
+        """Runs when autograd has the gradients of the unit's inputs."""
+        for unit in self._units_of[submodule]:
+            unit.in_backward = False
+        self._reshard_if_done(submodule)
+
     def _unit_ready(self, unit):
-        # A unit that also has frozen parameters may need them for longer: until backward ends.
-        if len(self._units_of[unit.module]) == 1:
-            self._reshard(unit)
+        self._reshard_if_done(unit.module)
         super()._unit_ready(unit)
 
-    def _finish_backward(self):
+    def _reshard_if_done(self, submodule):
+        """Neither a parameter's gradient nor an input's may be missing: each may need the others'
+        parameters. A unit whose inputs have no gradient is done when backward ends."""
+        units = self._units_of[submodule]
+        if all(unit.complete() and not unit.in_backward for unit in units):
+            for unit in units:
+                self._reshard(unit)
+
+    def _leave_backward(self):
+        super()._leave_backward()
         for unit in self.units:
             unit.in_backward = False
             self._reshard(unit)
-        super()._finish_backward()
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
     def _make_owned(self, unit):
         unit.shard = unit.shard.clone()
-        unit.make_placeholders()
+        unit.placeholders = make_placeholders(unit)
         self._reshard(unit)
-        return [nn.Parameter(view) for view in self._owned_views(unit, unit.shard)]
+        return self._as_parameters(unit, unit.shard)
 
     def _after_step(self, units):
         for unit in units:  # gathered still if a forward was not followed by its backward: outdated
@@ -125,5 +160,18 @@ class Stage3(Stage2):
 
     def _keep_all(self):
         for unit in self.units:
-            unit.shard.copy_(unit.flat[unit.own])
+            unit.shard.copy_(unit.flat[unit.own_slice])
             self._reshard(unit)
+
+
+def _has_grad(x):
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+def _is_fragile(x, units):
+    """Whether a unit may not return this tensor as it is: a view, whose hooks a later in-place
+    operation would do away with, or a parameter of the unit, which is about to be resharded."""
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        return False
+    storages = {unit.flat.untyped_storage().data_ptr() for unit in units}
+    return (x.requires_grad and x._is_view()) or x.untyped_storage().data_ptr() in storages

@@ -1,0 +1,24 @@
+"""The global gradient norm over slices."""
+
+import torch
+
+
+def clip_grad_norm_(model, max_norm, norm_type):
+    """See Stage0.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
+    numbers in the same order, whoever holds them. Padding belongs to no parameter."""
+    flat = model.trainable[0].flat
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    owned = [(unit, index, p) for unit in model.trainable for index, p in enumerate(unit.owned)]
+    norms = torch.zeros(len(owned), model.world_size, dtype=dtype, device=flat.device)
+    for row, (unit, index, p) in zip(norms, owned):
+        if p.grad is not None:
+            for rank, part in model._owned_slices(unit, index, p.grad).items():
+                if part.numel():
+                    row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=dtype)
+    model._share_norms(norms)
+    total = torch.linalg.vector_norm(norms, norm_type)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for _, _, p in owned:
+        if p.grad is not None:
+            p.grad.mul_(scale)
+    return total
