@@ -3,11 +3,11 @@
 from unittest import mock
 
 import pytest
+import torch
 import toy
 
 from zero_ref import RankError, comm, memory, partition
 from zero_ref.placeholder import show_in_module
-from zero_ref.stage0 import Stage0
 from zero_ref.stage1 import Stage1
 from zero_ref.stage2 import Stage2
 from zero_ref.stage3 import Stage3
@@ -38,7 +38,7 @@ def right_bytes(run, stage, moment="after_backward"):
 
 
 def nothing():
-    return mock.patch.object(Stage0, "_average", Stage0._average)
+    return mock.patch.object(comm, "_sum", comm._sum)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -49,8 +49,11 @@ def test_unbroken(stage):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_without_the_division_by_world_size(stage):
-    runs = run_broken(lambda: mock.patch.object(Stage0, "_average", lambda self, summed: None),
-                      stage)
+    def undivided():
+        intact = comm._sum
+        return mock.patch.object(comm, "_sum", lambda parts, out, _: intact(parts, out, 1))
+
+    runs = run_broken(undivided, stage)
     assert not any(right_weights(run) for run in runs)
 
 
@@ -58,12 +61,12 @@ def without_one_reduction():
     intact = comm._reduce_scatter
     calls = []
 
-    def skip_second(out, flat, group):
+    def skip_second(out, flat, group, divide_by, *op):
         calls.append(1)
         if len(calls) != 2:
-            return intact(out, flat, group)
-        out.copy_(comm._slices(flat, group)[comm.dist.get_rank(group)])
-        return comm.Handle([])
+            return intact(out, flat, group, divide_by, *op)
+        own = comm._slices(flat, group)[comm.dist.get_rank(group)]
+        return lambda: torch.div(own, divide_by, out=out)
 
     return mock.patch.object(comm, "_reduce_scatter", skip_second)
 
@@ -118,8 +121,9 @@ def test_without_freeing_gathered_parameters():
 
 
 def test_with_a_sum_in_another_order_the_bits_change():
-    def own_first(parts, total, out):
-        out.copy_(sum(parts[1:], parts[0]) if comm.dist.get_rank() else sum(parts[:0:-1], parts[0]))
+    def own_first(parts, out, divide_by):
+        others = parts[1:] if comm.dist.get_rank() else parts[:0:-1]
+        out.copy_(sum(others, parts[0]) / divide_by)
 
     runs = run_broken(lambda: mock.patch.object(comm, "_sum", own_first), 1)
     intact = run_broken(nothing, 1)

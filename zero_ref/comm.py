@@ -9,14 +9,16 @@ With N ranks and a buffer of B bytes, each rank has to send
     all_gather       (N-1)/N·B
     all_reduce       2·(N-1)/N·B, because it is a reduce_scatter followed by an all_gather
 
-On NCCL these are the built-in collectives (whose broadcast passes the buffer on from rank to rank
-instead). On gloo they are direct messages between the ranks, for two reasons: gloo's own
-reduce-scatter moves a whole all-reduce, and adding up what arrived in rank order gives sums whose
-bits do not depend on where a buffer happens to be cut. The second is why all stages end with the
-same weights, bit for bit, at any world size.
+On NCCL these are the built-in collectives, on a stream of their own (whose broadcast passes the
+buffer on from rank to rank instead). On gloo they are direct messages between the ranks, for two
+reasons: gloo's own reduce-scatter moves a whole all-reduce, and adding up what arrived in rank order
+gives sums whose bits do not depend on where a buffer happens to be cut. The second is why all
+stages end with the same weights, bit for bit, at any world size.
 """
 
 import pickle
+import queue
+import threading
 
 import torch
 import torch.distributed as dist
@@ -27,62 +29,113 @@ from . import trace
 _nccl_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _nccl_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-_TAG = 1910  # keeps these messages apart from a user's own send and recv on the same group
+# Message tags: they keep the kinds apart, and all of them from a user's own send and recv.
+_TAGS = {"broadcast": 1910, "reduce_scatter": 1911, "all_gather": 1912, "all_reduce": 1913}
+_CACHED = 1 << 16  # elements that are added up at a time: 256 kB in fp32
 
 
 class Handle:
     """A collective under way. `wait()` returns when its result can be used."""
 
-    def __init__(self, works, finish=None):
-        self._works, self._finish, self._event = works, finish, None
+    def __init__(self, works, event, finish=None):
+        self._works, self._event, self._finish = works, event, finish
 
     def wait(self) -> None:
-        for work in self._works:
+        for work in self._works:  # on NCCL: the computing stream waits, not this thread
             work.wait()
         if self._finish is not None:
             self._finish()
         trace.end(self._event)
 
-    def recorded(self, event) -> "Handle":
-        self._event = event
-        return self
+
+class _Job:
+    """A Handle for what a `_Lane` carries out."""
+
+    def __init__(self, run):
+        self._run, self._error, self._done = run, None, threading.Lock()
+        self._done.acquire()
+
+    def carry_out(self):
+        try:
+            self._run()
+        except BaseException as error:
+            self._error = error
+        self._done.release()
+
+    def wait(self):
+        with self._done:
+            self._run = None  # and with it the buffers that it used
+        if self._error is not None:
+            raise self._error
+
+
+class _Lane(threading.Thread):
+    """On a CPU, what a stream is on a GPU: carries out collectives of one kind in order of issue,
+    while the thread that issued them computes. Different kinds do not wait for one another."""
+
+    def __init__(self):
+        super().__init__(name="zero_ref.comm", daemon=True)
+        self._jobs = queue.SimpleQueue()
+        self.start()
+
+    def issue(self, job):
+        self._jobs.put(job)
+        return job
+
+    def run(self):
+        while True:
+            self._jobs.get().carry_out()
+
+
+_lanes: dict[tuple[str, str], _Lane] = {}
 
 
 # ---- what the stages call: each collective says which unit and which phase it belongs to ---------
 
 
-def broadcast(flat, group, *, unit, phase) -> Handle:
+def broadcast(flat, group, *, unit, phase):
     """Everyone gets rank 0's values. flat: (numel,)"""
     event = _begin("broadcast", flat, group, unit, phase)
-    return _broadcast(flat, group).recorded(event)
+    if _on_nccl(flat, group):
+        return Handle([dist.broadcast(flat, group=group, group_src=0, async_op=True)], event)
+    return _issue("broadcast", group, event, _broadcast(flat, group))
 
 
-def reduce_scatter(out, flat, group, *, unit, phase) -> Handle:
-    """Sum `flat` over the ranks; this rank gets its own slice of the sum.
+def reduce_scatter(out, flat, group, *, unit, phase, divide_by=1):
+    """Sum `flat` over the ranks, then divide; this rank gets its own slice of the result.
 
-    flat: (world_size * n,), out: (n,). `out` may be this rank's slice of `flat` itself.
+    flat: (world_size * n,), out: (n,). `out` may be this rank's slice of `flat` itself, which is
+    overwritten in any case.
     """
     event = _begin("reduce_scatter", flat, group, unit, phase)
-    return _reduce_scatter(out, flat, group).recorded(event)
+    if _on_nccl(flat, group):
+        summed = _nccl_reduce_scatter(out, flat, group=group, async_op=True)
+        return Handle([summed], event, lambda: out.div_(divide_by))
+    return _issue("reduce_scatter", group, event, _reduce_scatter(out, flat, group, divide_by))
 
 
-def all_gather(flat, own, group, *, unit, phase) -> Handle:
+def all_gather(flat, own, group, *, unit, phase):
     """Everyone gets everyone's slice. own: (n,), flat: (world_size * n,).
 
     `own` may be this rank's slice of `flat` itself.
     """
     event = _begin("all_gather", flat, group, unit, phase)
-    return _all_gather(flat, own, group).recorded(event)
+    if _on_nccl(flat, group):
+        return Handle([_nccl_all_gather(flat, own, group=group, async_op=True)], event)
+    return _issue("all_gather", group, event, _all_gather(flat, own, group))
 
 
-def all_reduce(flat, group, *, unit, phase) -> Handle:
-    """Sum over the ranks in place. flat: (world_size * n,)"""
+def all_reduce(flat, group, *, unit, phase, divide_by=1):
+    """Sum over the ranks, then divide, in place. flat: (world_size * n,)"""
     event = _begin("all_reduce", flat, group, unit, phase)
     own = _slices(flat, group)[dist.get_rank(group)]
-    scattered = _reduce_scatter(own, flat, group)
-    if _on_nccl(flat, group):  # NCCL runs what it is given in order: both halves can be issued now
-        return Handle([scattered, _all_gather(flat, own, group)]).recorded(event)
-    return Handle([scattered], lambda: _all_gather(flat, own, group).wait()).recorded(event)
+    if _on_nccl(flat, group):  # its stream runs the two one after the other
+        return Handle([_nccl_reduce_scatter(own, flat, group=group, async_op=True),
+                       _nccl_all_gather(flat, own, group=group, async_op=True)],
+                      event, lambda: flat.div_(divide_by))
+    scatter = _reduce_scatter(own, flat, group, divide_by, "all_reduce")
+    gather = _all_gather(flat, own, group, "all_reduce")
+    return _issue("all_reduce", group, event, lambda: (scatter(), gather()))
 
 
 def all_gather_object(obj, group, *, phase) -> list:
@@ -95,71 +148,75 @@ def all_gather_object(obj, group, *, phase) -> list:
     return objects
 
 
-# ---- how: built in on NCCL, direct messages on gloo ----------------------------------------------
+# ---- how, on gloo: direct messages. Each function returns what a lane is to carry out ------------
+
+
+def _issue(op, group, event, run):
+    key = (group.group_name, op)
+    if key not in _lanes:
+        _lanes[key] = _Lane()
+    return _lanes[key].issue(_Job(lambda: (run(), trace.end(event))))
 
 
 def _broadcast(flat, group):
-    if _on_nccl(flat, group):
-        return Handle([dist.broadcast(flat, group=group, group_src=0, async_op=True)])
     if dist.get_rank(group) == 0:
-        return _exchange(group, send={r: flat for r in _others(group)}, recv={})
-    return _exchange(group, send={}, recv={0: flat})
+        return _exchange(group, "broadcast", send={r: flat for r in _others(group)}, recv={})
+    return _exchange(group, "broadcast", send={}, recv={0: flat})
 
 
-def _reduce_scatter(out, flat, group):
-    if _on_nccl(flat, group):
-        return Handle([_nccl_reduce_scatter(out, flat, group=group, async_op=True)])
+def _reduce_scatter(out, flat, group, divide_by, op="reduce_scatter"):
     rank, others = dist.get_rank(group), _others(group)
     slices = _slices(flat, group)
-    mine = slices[rank]
     recv = {r: torch.empty_like(out) for r in others}
-    first = 1 if rank == 0 else 0  # the first part to be added up that is not my own
-    if first in recv and mine.data_ptr() != out.data_ptr():
-        recv[first] = out  # one buffer less
-    in_rank_order = [recv.get(r, mine) for r in range(len(slices))]
-    exchange = _exchange(group, send={r: slices[r] for r in others}, recv=recv)
-    return Handle([exchange], lambda: _sum(in_rank_order, recv.get(first), out))
+    if others and slices[rank].data_ptr() != out.data_ptr():
+        recv[others[0]] = out  # one buffer less
+    in_rank_order = [recv.get(r, slices[rank]) for r in range(len(slices))]
+    exchange = _exchange(group, op, send={r: slices[r] for r in others}, recv=recv)
+    return lambda: (exchange(), _sum(in_rank_order, out, divide_by))
 
 
-def _sum(parts, total, out):
-    """out = parts[0] + parts[1] + …, from left to right. `total` is one of the first two."""
-    if len(parts) == 1:
-        total = parts[0]
-    else:
-        torch.add(parts[0], parts[1], out=total)
-    for part in parts[2:]:
-        total.add_(part)
-    if total.data_ptr() != out.data_ptr():
-        out.copy_(total)
+def _sum(parts, out, divide_by):
+    """out = (parts[0] + parts[1] + …) / divide_by, from left to right. The parts are used up.
+
+    Piece by piece, each small enough to stay in the processor's cache from one operation to the
+    next. `out` may be one of the parts: what it held has been added when it is written to.
+    """
+    for *pieces, result in zip(*[part.split(_CACHED) for part in (*parts, out)]):
+        total = pieces[0]
+        for piece in pieces[1:]:
+            total = torch.add(total, piece, out=total if piece is not pieces[-1] else result)
+        torch.div(total, divide_by, out=result)
 
 
-def _all_gather(flat, own, group):
-    if _on_nccl(flat, group):
-        return Handle([_nccl_all_gather(flat, own, group=group, async_op=True)])
-    slices = _slices(flat, group)
+def _all_gather(flat, own, group, op="all_gather"):
+    slices, others = _slices(flat, group), _others(group)
     mine = slices[dist.get_rank(group)]
-    if mine.data_ptr() != own.data_ptr():
-        mine.copy_(own)
-    others = _others(group)
-    return _exchange(group, send={r: own for r in others}, recv={r: slices[r] for r in others})
+    exchange = _exchange(group, op, send={r: own for r in others},
+                         recv={r: slices[r] for r in others})
+    if mine.data_ptr() == own.data_ptr():
+        return exchange
+    return lambda: (mine.copy_(own), exchange())
 
 
-def _exchange(group, send, recv):
+def _exchange(group, op, send, recv):
     """send[r] goes to rank r, recv[r] is filled by rank r. gloo's messages travel through host
     memory, so CUDA tensors are staged there."""
     landing = {r: t if t.device.type == "cpu" else torch.empty_like(t, device="cpu")
                for r, t in recv.items()}
-    leaving = {t.data_ptr(): t.cpu() for t in send.values()}
-    works = [dist.irecv(t, group=group, group_src=r, tag=_TAG) for r, t in landing.items()]
-    works += [dist.isend(leaving[t.data_ptr()], group=group, group_dst=r, tag=_TAG)
-              for r, t in send.items()]
 
-    def unstage():
+    def run():
+        leaving = {t.data_ptr(): t.cpu() for t in send.values()}
+        works = [dist.irecv(t, group=group, group_src=r, tag=_TAGS[op])
+                 for r, t in landing.items()]
+        works += [dist.isend(leaving[t.data_ptr()], group=group, group_dst=r, tag=_TAGS[op])
+                  for r, t in send.items()]
+        for work in works:
+            work.wait()
         for r, t in recv.items():
             if landing[r] is not t:
                 t.copy_(landing[r])
 
-    return Handle(works, unstage)
+    return run
 
 
 def _slices(flat, group):

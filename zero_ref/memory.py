@@ -42,7 +42,7 @@ def resident(model, optimizer=None):
     params, grads = [*model.parameters(), *nn.Module.parameters(model)], []
     for unit in getattr(model, "units", []):
         params += [unit.flat, unit.shard, *unit.params, *unit.owned]
-        grads += [unit.grad]
+        grads += [unit.grad, unit.kept_grad]
     in_flight = getattr(model, "_in_flight", None)
     if in_flight:
         grads.append(in_flight[1])

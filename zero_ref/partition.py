@@ -43,12 +43,14 @@ class Unit:
         self.shard = None  # this rank's slice of them, (shard_numel,)
         self.owned = []  # for each parameter: what the optimizer sees of it on this rank
 
-        # During backward
-        self.grad = None  # all gradients while backward fills them in, (padded_numel,)
+        # Gradients
+        self.grad = None  # this rank's own, while backward fills them in, (padded_numel,)
         self.ready = set()  # indices of the parameters whose gradient this backward has produced
+        self.kept_grad = None  # the memory in which the optimizer finds the reduced ones
 
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
+        self.gathering = None  # the all_gather under way that will fill it
         self.placeholders = []  # what the module shows while it does not
         self.in_backward = False  # whether backward is between the unit's outputs and inputs
 
@@ -84,11 +86,17 @@ class Unit:
 
     # ---- gradients -------------------------------------------------------------------------------
 
+    def grad_memory(self, numel):
+        """(numel,) for gradients that the optimizer is to see: the same memory in every step. New
+        memory comes from the kernel page by page, which costs more time than to fill it."""
+        if any(p.grad is not None for p in self.owned):
+            return self.flat.new_empty(numel)  # for what will be added to those
+        if self.kept_grad is None:
+            self.kept_grad = self.flat.new_empty(numel)
+        return self.kept_grad
+
     def store_grad(self, index):
         """Move one parameter's gradient into the flat gradient buffer, and free the original."""
-        if self.grad is None:
-            self.grad = torch.empty(self.padded_numel, dtype=self.flat.dtype,
-                                    device=self.flat.device)
         p = self.params[index]
         place = self.grad[self.offsets[index] : self.offsets[index + 1]]
         if index in self.ready:  # re-entrant checkpointing delivers a gradient in several pieces
@@ -106,10 +114,8 @@ class Unit:
         for index in set(range(len(self.params))) - self.ready:
             if self.params[index].grad is not None:
                 self.store_grad(index)
-            elif self.grad is not None:
+            else:
                 self.grad[self.offsets[index] : self.offsets[index + 1]] = 0
-        if self.grad is None:
-            self.grad = torch.zeros_like(self.flat)
         self.grad[self.numel :] = 0
 
 

@@ -4,10 +4,9 @@
 
     Phase 1  forward     rank 0's buffers are broadcast; then the module runs as it is
     Phase 2  backward    as soon as autograd has produced the gradients of a unit, they are summed
-                         over the ranks: one all_reduce per unit, 2Ψ·(N-1)/N elements sent in all,
-                         while autograd goes on with the unit before it
-    Phase 3  average     when a unit's sum has arrived, it is divided by N and handed to the
-                         optimizer's parameters
+                         over the ranks and divided by N: one all_reduce per unit, 2Ψ·(N-1)/N
+                         elements sent in all, while autograd goes on with the unit before it
+    Phase 3  hand over   when a unit's mean has arrived, the optimizer's parameters get it
     Phase 4  step        every rank updates every parameter, all in the same way
 
 The later stages keep these four phases and change what is kept after each.
@@ -120,6 +119,7 @@ class Stage0(nn.Module):
             if unit not in self._queue:
                 raise RuntimeError(f"a gradient of {unit.names[index]!r} arrived after those of "
                                    f"unit {unit.name!r} had been reduced in this backward")
+            self._collect(unit)
             unit.store_grad(index)
         unit.ready.add(index)
         if unit.complete():
@@ -134,17 +134,25 @@ class Stage0(nn.Module):
 
     def _start_reduction(self, unit):
         self._finish_reduction()  # one unit in flight at a time bounds the memory
+        self._collect(unit)
         unit.fill_gaps()
         self._in_flight = (unit, *self._reduce(unit))
 
+    def _collect(self, unit):
+        if unit.grad is None:
+            unit.grad = self._grad_buffer(unit)
+
+    def _grad_buffer(self, unit):
+        """Where backward collects a unit's gradients: at this stage, where they will stay."""
+        return unit.grad_memory(unit.padded_numel)
+
     def _reduce(self, unit):
-        """Start to sum the unit's gradient. Returns where this rank's result will be, a handle.
-        (On gloo, the all-gather half of an all_reduce starts only when the handle is waited for.)
-        """
-        handle = comm.all_reduce(unit.grad, self.group, unit=unit.name, phase="backward")
+        """Start to sum the unit's gradient. Returns where this rank's result will be, a handle."""
+        handle = comm.all_reduce(unit.grad, self.group, unit=unit.name, phase="backward",
+                                 divide_by=self.world_size)
         return unit.grad, handle
 
-    # ---- Phase 3: average ------------------------------------------------------------------------
+    # ---- Phase 3: hand over ----------------------------------------------------------------------
 
     def _finish_reduction(self):
         if self._in_flight is None:
@@ -153,13 +161,8 @@ class Stage0(nn.Module):
         self._in_flight = None
         handle.wait()
         unit.grad = None
-        self._average(reduced)
         for p, grad in zip(unit.owned, self._owned_views(unit, reduced)):
             p.grad = grad if p.grad is None else p.grad.add_(grad)
-
-    def _average(self, summed):
-        """SUM, then divide: the mean over ranks of the means over their batches."""
-        summed.div_(self.world_size)
 
     def _finish_backward(self):
         """Reduce what is left (units with unused parameters, for instance), then tidy up."""

@@ -6,8 +6,8 @@ updated slice afterwards. The all_reduce of stage 0 comes apart into its two hal
 in between:
 
     Phase 2  backward    one reduce_scatter per unit, Ψ·(N-1)/N elements sent in all
-    Phase 3  average     only this rank's slice of the gradient is divided and handed over. The
-                         rest of the buffer stays allocated, which stage 2 will change
+    Phase 3  hand over   only this rank's slice of the gradient is the mean. The rest of the buffer
+                         stays allocated, which stage 2 will change
     Phase 4  step        every rank updates its slice; then one all_gather of the parameters per
                          unit, Ψ·(N-1)/N elements sent in all
 
@@ -28,7 +28,7 @@ class Stage1(Stage0):
     def _reduce(self, unit):
         reduced = unit.grad[unit.own_slice]  # in place: the other slices keep the local gradient
         handle = comm.reduce_scatter(reduced, unit.grad, self.group,
-                                     unit=unit.name, phase="backward")
+                                     unit=unit.name, phase="backward", divide_by=self.world_size)
         return reduced, handle
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------

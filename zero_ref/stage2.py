@@ -7,7 +7,7 @@ size, so that the full buffer is freed as soon as it has been sent:
                          only for the unit that fills up, the one in flight, and the root, whose
                          parameters are used first and last (and for units that run in another
                          order than they were defined, until their turn comes)
-    Phase 3  average     what is left of a unit's gradients is this rank's slice
+    Phase 3  hand over   what is left of a unit's gradients is this rank's slice
 
 Ψ·(N-1)/N + Ψ·(N-1)/N elements sent, as at stage 1. Rajbhandari et al., ZeRO, section 5.2.
 """
@@ -21,8 +21,11 @@ class Stage2(Stage1):
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
+    def _grad_buffer(self, unit):
+        return unit.flat.new_empty(unit.padded_numel)  # only until it has been sent
+
     def _reduce(self, unit):
-        reduced = unit.grad.new_empty(unit.shard_numel)  # the full buffer is not needed any more
+        reduced = unit.grad_memory(unit.shard_numel)
         handle = comm.reduce_scatter(reduced, unit.grad, self.group,
-                                     unit=unit.name, phase="backward")
+                                     unit=unit.name, phase="backward", divide_by=self.world_size)
         return reduced, handle

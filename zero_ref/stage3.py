@@ -43,6 +43,7 @@ class Stage3(Stage2):
 
     def _register_hooks(self):
         hooks = super()._register_hooks()
+        self._forward_order, self._backward_order = Order(), Order()
         self._units_of = defaultdict(list)  # module -> its units, a trainable and a frozen one
         for unit in self.units:
             self._units_of[unit.module].append(unit)
@@ -56,17 +57,35 @@ class Stage3(Stage2):
     # ---- unshard and reshard ---------------------------------------------------------------------
 
     def _unshard(self, unit, phase):
-        """Gather the unit's full parameters, unless they are there."""
-        if not unit.gathered:
+        """Start to gather the unit's full parameters, unless they are there or on their way."""
+        if not unit.gathered and unit.gathering is None:
             unit.flat.untyped_storage().resize_(unit.padded_numel * unit.flat.itemsize)
-            comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase=phase).wait()
+            unit.gathering = comm.all_gather(unit.flat, unit.shard, self.group,
+                                             unit=unit.name, phase=phase)
+
+    def _wait_for_unshard(self, unit):
+        if unit.gathering is not None:
+            unit.gathering.wait()
+            unit.gathering = None
             for p, view in zip(unit.params, unit.full_views(unit.flat)):
                 p.data = view
             show_in_module(unit, unit.params)
             unit.gathered = True
 
+    def _unshard_module(self, submodule, phase, order):
+        """Gather a module's units, and start with those of the module that will come next, so that
+        they arrive while this one computes."""
+        following = order.after(submodule)
+        for unit in self._units_of[submodule]:
+            self._unshard(unit, phase)
+            self._wait_for_unshard(unit)
+        if self.overlap and following is not None:
+            for unit in self._units_of[following]:
+                self._unshard(unit, phase)
+
     def _reshard(self, unit):
         """Let go of all but this rank's slice."""
+        self._wait_for_unshard(unit)
         if unit.gathered and not self._in_full_params:
             show_in_module(unit, unit.placeholders)
             for p in unit.params:  # for who kept a reference: an empty tensor, not a dangling one
@@ -77,14 +96,24 @@ class Stage3(Stage2):
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
+        self._drop_failed_backward()
+        self._forward_order.restart()
         args, kwargs = self._pre_forward(self.module, args, kwargs)
         output = super().forward(*args, **kwargs)
-        return self._post_forward(self.module, args, output)
+        output = self._post_forward(self.module, args, output)
+        for unit in self.units:
+            if unit.gathering is not None:  # this forward took another way than the last one
+                self._reshard(unit)
+        return output
 
     def _pre_forward(self, submodule, args, kwargs):
         units = self._units_of.get(submodule, [])  # none: the root, or a copy that has our hooks
-        for unit in units:
-            self._unshard(unit, "forward")
+        if self._in_backward:  # activation checkpointing runs forward again
+            for unit in units:
+                self._unshard(unit, "forward")
+                self._wait_for_unshard(unit)
+        elif units:
+            self._unshard_module(submodule, "forward", self._forward_order)
         if not units or not torch.is_grad_enabled():
             return args, kwargs
         # Backward has left the unit when it has the gradients of these views of its inputs.
@@ -112,9 +141,11 @@ class Stage3(Stage2):
     def _pre_backward(self, submodule, grad):
         """Runs when autograd has the gradient of one of the unit's outputs, and needs the rest."""
         self._begin_backward()
-        for unit in self._units_of[submodule]:
-            unit.in_backward = True
-            self._unshard(unit, "backward")
+        units = self._units_of[submodule]
+        if not all(unit.in_backward for unit in units):
+            for unit in units:
+                unit.in_backward = True
+            self._unshard_module(submodule, "backward", self._backward_order)
 
     def _post_backward(self, submodule, grads):
         """Runs when autograd has the gradients of the unit's inputs."""
@@ -136,6 +167,7 @@ class Stage3(Stage2):
 
     def _leave_backward(self):
         super()._leave_backward()
+        self._backward_order.restart()
         for unit in self.units:
             unit.in_backward = False
             self._reshard(unit)
@@ -157,11 +189,28 @@ class Stage3(Stage2):
     def _gather_all(self):
         for unit in self.units:
             self._unshard(unit, "full_params")
+            self._wait_for_unshard(unit)
 
     def _keep_all(self):
         for unit in self.units:
             unit.shard.copy_(unit.flat[unit.own_slice])
             self._reshard(unit)
+
+
+class Order:
+    """In which order modules come in a pass. What came after what last time will again."""
+
+    def __init__(self):
+        self.last, self.now = [], []
+
+    def after(self, module):
+        """Note that `module` is there. Returns which one will be next, None if that is not known."""
+        self.now.append(module)
+        as_last_time = self.last[: len(self.now)][-1:] == [module]
+        return next(iter(self.last[len(self.now) :]), None) if as_last_time else None
+
+    def restart(self):
+        self.last, self.now = self.now, []
 
 
 def _has_grad(x):
