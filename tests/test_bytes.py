@@ -10,7 +10,8 @@ import toy
 
 import zero_ref
 from zero_ref import comm, memory
-from zero_ref.compare import _loopback_bytes, _peak_bytes
+from zero_ref.compare import _peak_bytes
+from zero_ref.trace import loopback_bytes
 
 STAGES = (0, 1, 2, 3)
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -186,7 +187,7 @@ def send_much(op):
     flat = torch.ones(3 * 500_000)
     own = flat.view(3, -1)[dist.get_rank()]
     comm.all_gather_object(None, group, phase="barrier")
-    before = _loopback_bytes()
+    before = loopback_bytes()
     with zero_ref.trace() as t:
         if op == "reduce_scatter":
             comm.reduce_scatter(torch.empty(500_000), flat, group, unit="", phase="").wait()
@@ -196,7 +197,7 @@ def send_much(op):
             getattr(comm, op)(flat, group, unit="", phase="").wait()
     recorded = t.wire_bytes()
     comm.all_gather_object(None, group, phase="barrier")
-    return recorded, _loopback_bytes() - before
+    return recorded, loopback_bytes() - before
 
 
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the kernel does not say")

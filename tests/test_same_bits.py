@@ -1,10 +1,13 @@
 """Promise 2: the same bits at every stage, and the right ones."""
 
+from unittest import mock
+
 import pytest
 import torch
 import toy
 
 import zero_ref
+from zero_ref import comm
 
 STAGES = (0, 1, 2, 3)
 BUFFERS = ("norm.running", "norm.num")  # BatchNorm's: rank 0's count, as with DDP
@@ -173,3 +176,50 @@ def test_activation_checkpointing(stage, reentrant):
     assert toy.equal(plain, recomputed)
     if (stage, reentrant) != (3, True):  # there, recomputing a unit gathers it once more
         assert events == events_recomputed
+
+
+class Done:
+    def wait(self):
+        pass
+
+
+def built_in(stage):
+    """toy.run with the built-in collectives, as on NCCL: here gloo's, one finished before the next,
+    which is what NCCL's stream does."""
+    def one_by_one(collective):
+        def call(*args, async_op, **kwargs):
+            collective(*args, **kwargs)
+            return Done()
+        return call
+
+    with (mock.patch.object(comm, "_on_nccl", lambda flat, group: True),
+          mock.patch.object(comm, "_nccl_reduce_scatter", one_by_one(comm._nccl_reduce_scatter)),
+          mock.patch.object(comm, "_nccl_all_gather", one_by_one(comm._nccl_all_gather))):
+        return toy.run(stage, "sgd", clip=(0.5,), toy={"norm": False})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_with_the_built_in_collectives(stage):
+    ours = toy.ranks(toy.run, 3, stage, "sgd", clip=(0.5,), toy={"norm": False})
+    for run, reference in zip(toy.ranks(built_in, 3, stage), ours):
+        assert toy.close(run["weights"], reference["weights"])
+
+
+def many_at_once():
+    """More all_reduces than a rank starts at one time, while the ranks are out of step."""
+    group = torch.distributed.group.WORLD
+    rank = torch.distributed.get_rank()
+    buffers = [torch.full((3 * (i % 5 + 1),), float(rank + i)) for i in range(200)]
+    handles = []
+    for i, buffer in enumerate(buffers):
+        handles.append(comm.all_reduce(buffer, group, unit=str(i), phase="test"))
+        if i % (7 + rank) == 0:
+            handles[-1].wait()
+    for handle in handles:
+        handle.wait()
+    return [buffer.unique().tolist() for buffer in buffers]
+
+
+def test_ranks_may_be_out_of_step():
+    for results in toy.ranks(many_at_once, 3):
+        assert results == [[3.0 * i + 3] for i in range(200)]

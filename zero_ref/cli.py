@@ -1,4 +1,4 @@
-"""The command line: `zero-ref compare` and `zero-ref train`."""
+"""The command line: `zero-ref compare`, `zero-ref bench` and `zero-ref train`."""
 
 import argparse
 import json
@@ -49,6 +49,22 @@ def _parser():
                     "--world-size ranks itself.")
     train.set_defaults(run=_train)
     train.add_argument("--stage", type=int, required=True, choices=[0, 1, 2, 3])
+
+    bench = commands.add_parser(
+        "bench", help="step time, bytes and memory beside torch DDP, FSDP2 and others",
+        description="Time every stage beside what people use instead, in turns.")
+    bench.set_defaults(run=_bench)
+    bench.add_argument("--model", nargs="+", default=["3M"], choices=["3M", "15M", "57M"],
+                       help="default: 3M (compute decides); at 57M messages do")
+    bench.add_argument("--systems", nargs="+", metavar="NAME", help="default: all that are there")
+    bench.add_argument("--world-size", type=int, nargs="+", default=[2], metavar="N",
+                       help="numbers of ranks, one after another; default: 2")
+    bench.add_argument("--rounds", type=int, default=5, metavar="R", help="default: 5")
+    bench.add_argument("--steps", type=int, default=10, metavar="K", help="per round; default: 10")
+    bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    bench.add_argument("--backend", choices=["gloo", "nccl"])
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
+    bench.add_argument("--figure", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
 
     for command in (compare, train):
         command.add_argument("--task", default="digits", choices=TASKS)
@@ -110,6 +126,22 @@ def _train(args):
           f"{report['steps']} steps: held-out {report['metric']} {report['held_out']:.4f}, "
           f"{report['samples_per_second']:,.0f} samples/s; rank 0 holds {held}")
     _write_json(args.json, report)
+    return 0
+
+
+def _bench(args):
+    from .bench import bench, print_report
+
+    _check_output(args.json, args.figure)
+    report = bench(args.model, args.systems, args.world_size, rounds=args.rounds, steps=args.steps,
+                   device=args.device, backend=args.backend)
+    print_report(report)
+    _write_json(args.json, report)
+    if args.figure:
+        from .viz.bench import draw
+
+        draw(report).savefig(args.figure)
+        print(f"Drawn: {args.figure}")
     return 0
 
 

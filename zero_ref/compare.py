@@ -4,7 +4,6 @@ import hashlib
 import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -16,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from . import data, memory, wrap
 from .launch import launch
-from .trace import trace
+from .trace import loopback_bytes, trace
 from .train import OPTIMIZERS, STATES, backend_for, describe, prepare_device, progress
 
 SENT_PSI = {"DDP": 2, 0: 2, 1: 2, 2: 2, 3: 3}  # elements sent per step, in Ψ·(N-1)/N
@@ -75,7 +74,7 @@ def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
 
     times, losses = [], []
     dist.barrier()
-    counted = _loopback_bytes()
+    counted = loopback_bytes()
     for x, y in data.batches(task, steps, batch_size, rank, world_size, seed):
         start = time.perf_counter()
         with trace() as sent:
@@ -84,7 +83,7 @@ def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
         losses.append(loss)
         show(f"{label}  loss {loss:.4f}")
     dist.barrier()
-    counted = (_loopback_bytes() - counted) / steps / world_size if counted else None
+    counted = (loopback_bytes() - counted) / steps / world_size if counted else None
 
     # Copied, because the step that measures the peak trains on.
     state = net.state_dict() if system == "DDP" else model.state_dict()
@@ -120,16 +119,6 @@ def _peak_bytes(device, model, opt, step):
             now += event.nbytes()
             most = max(most, now)
     return at_rest + most
-
-
-def _loopback_bytes():
-    """Bytes that this machine has sent to itself, as the kernel counts them; None if unknown."""
-    try:
-        lines = Path("/proc/net/dev").read_text().splitlines()
-    except OSError:
-        return None
-    loopback = [line.split() for line in lines if line.strip().startswith("lo:")]
-    return int(loopback[0][9]) if loopback else None
 
 
 # ---- the verdict ---------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ buffer of their own beside the unit's trainable one, which only stage 3 slices.
 from collections import defaultdict
 from itertools import accumulate
 
-import torch
-
 from .units import check_storages, check_uniform, find_units
 
 

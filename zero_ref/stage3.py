@@ -204,7 +204,7 @@ class Order:
         self.last, self.now = [], []
 
     def after(self, module):
-        """Note that `module` is there. Returns which one will be next, None if that is not known."""
+        """Note that `module` is there. Returns which will be next, None if that is not known."""
         self.now.append(module)
         as_last_time = self.last[: len(self.now)][-1:] == [module]
         return next(iter(self.last[len(self.now) :]), None) if as_last_time else None

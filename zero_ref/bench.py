@@ -1,0 +1,392 @@
+"""Step time, bytes and memory of every stage, side by side with what people use instead.
+
+The systems take turns, each in fresh processes, and the order rotates from round to round. Ratios
+are taken within a round, so that whatever else the machine is doing hits all alike.
+"""
+
+import importlib.util
+import io
+import os
+import platform
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from . import comm, memory, wrap
+from .launch import _Pool
+from .models import GPT
+from .trace import loopback_bytes
+from .train import backend_for, describe, prepare_device
+
+# (width, layers, heads, sequences per rank, tokens per sequence). The first has work enough per
+# parameter to hide messages behind; the last has next to none, so messages decide.
+MODELS = {
+    "3M": (256, 4, 4, 4, 64),
+    "15M": (448, 6, 7, 2, 32),
+    "57M": (768, 8, 12, 1, 16),
+}
+VOCAB = 256
+WARM_UP = 3  # steps that are not counted: the first creates optimizer states, and connections
+
+
+def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=None):
+    """Time the systems in turns. Returns the report that `zero-ref bench --json` writes: for each
+    model and world size a part, in it a row per system, and the Python overhead per unit.
+
+    models: keys of MODELS. systems: keys of SYSTEMS, None for all that are installed; "DDP" and
+    "floor" are always measured. Raises ValueError for what cannot be run.
+    """
+    if rounds < 1 or steps < 1 or min(world_sizes) < 1:
+        raise ValueError(f"rounds={rounds}, steps={steps}, world sizes {world_sizes}: at least 1")
+    backends = {n: backend_for(device, n, backend) for n in world_sizes}
+    available = [s for s in SYSTEMS if not s.startswith("DeepSpeed") or _has_deepspeed()]
+    unknown = [s for s in systems or [] if s not in available]
+    if unknown:
+        raise ValueError(f"systems {', '.join(unknown)}: not among {', '.join(available)}"
+                         + ("" if _has_deepspeed() else " (DeepSpeed is not installed)"))
+    systems = [s for s in available if systems is None or s in {*systems, "DDP", "floor"}]
+    report = {"rounds": rounds, "steps": steps, "machine": _machine(), "torch": torch.__version__,
+              "optimizer": "AdamW", "parts": []}
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        line = bar.add_task("", total=len(models) * len(world_sizes) * rounds * len(systems))
+        for model, world_size in [(m, n) for m in models for n in world_sizes]:
+            runs = {system: [] for system in systems}
+            for turn in range(rounds):
+                shift = turn % len(systems)
+                for system in systems[shift:] + systems[:shift]:
+                    bar.update(line, description=f"{model}, {world_size} ranks, {system}")
+                    runs[system].append(_in_fresh_processes(
+                        _measure, world_size, backends[world_size], system, model, device, steps))
+                    bar.advance(line)
+            report["parts"].append({"model": model, "world_size": world_size,
+                                    **runs["DDP"][0]["about"],
+                                    "systems": _summary(runs, world_size)})
+    report["overhead_us"] = {n: _overhead_in_a_fresh_process(n) for n in (1, 8, 64, 1024)}
+    return report
+
+
+def _in_fresh_processes(fn, world_size, backend, *args):
+    """Start ranks, run fn(*args) on them, end them. Returns rank 0's answer, with the largest
+    peak of all ranks."""
+    pool = _Pool(world_size, backend)
+    try:
+        answers = pool.run(cloudpickle.dumps((fn, args)))
+    finally:
+        pool.close()
+    return answers[0] | {"peak": max(answer["peak"] for answer in answers)}
+
+
+# ---- the systems: each turns a module into a function step(x, y) -> loss -------------------------
+
+
+def _loop(model, optimizer):
+    def step(x, y):
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def _adamw(params):
+    return torch.optim.AdamW(params, lr=1e-4)
+
+
+def _floor(net):
+    return _loop(net, _adamw(net.parameters()))
+
+
+def _ddp(net):
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    return _loop(model, _adamw(model.parameters()))
+
+
+def _zero_redundancy(net):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    return _loop(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4))
+
+
+def _fsdp2(reshard_after_forward):
+    def build(net):
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        kind = next(net.parameters()).device.type
+        mesh = init_device_mesh(kind, (dist.get_world_size(),))
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        fully_shard(net, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        return _loop(net, _adamw(net.parameters()))
+
+    return build
+
+
+def _deepspeed(stage):
+    def build(net):
+        os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(
+            model=net, model_parameters=net.parameters(), dist_init_required=False,
+            optimizer=_adamw(net.parameters()),
+            config={"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+                    "zero_force_ds_cpu_optimizer": False,
+                    "zero_optimization": {"stage": stage, "overlap_comm": False}})
+
+        def step(x, y):
+            loss = F.cross_entropy(engine(x).flatten(0, 1), y.flatten())
+            engine.backward(loss)
+            engine.step()
+            return loss
+
+        return step
+
+    return build
+
+
+def _ours(stage, **options):
+    def build(net):
+        model = wrap(net, stage, **options)
+        return _loop(model, _adamw(model.parameters()))
+
+    return build
+
+
+# "floor" is one process without communication: no system can be faster on the same cores.
+SYSTEMS = {
+    "floor": _floor,
+    "DDP": _ddp,
+    "stage 0": _ours(0),
+    "stage 1": _ours(1),
+    "stage 2": _ours(2),
+    "stage 3": _ours(3),
+    "stage 3, no reshard": _ours(3, reshard_after_forward=False),
+    "DDP + ZeroRedundancy": _zero_redundancy,
+    "FSDP2, no reshard": _fsdp2(False),
+    "FSDP2": _fsdp2(True),
+    "DeepSpeed 1": _deepspeed(1),
+    "DeepSpeed 2": _deepspeed(2),
+    "DeepSpeed 3": _deepspeed(3),
+}
+
+
+def _has_deepspeed():
+    return importlib.util.find_spec("deepspeed") is not None
+
+
+# ---- on every rank -------------------------------------------------------------------------------
+
+
+def _measure(system, model, device, steps):
+    device = prepare_device(device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    width, layers, heads, sequences, tokens = MODELS[model]
+    # A tiny step first, so that the memory of code and libraries is not taken for the model's.
+    _floor(GPT(VOCAB, 2, 8, 1, 1).to(device))(*torch.zeros(2, 1, 2, dtype=int, device=device))
+    before = _resident_set(device)
+    torch.manual_seed(0)
+    net = GPT(VOCAB, tokens, width, heads, layers).to(device)
+    about = {"numel": sum(p.numel() for p in net.parameters()), "device": describe(device),
+             "largest_unit": sum(p.numel() for p in net.blocks[0].parameters())}
+    generator = torch.Generator().manual_seed(rank)
+    shape = (WARM_UP + steps, 2, sequences, tokens)
+    data = torch.randint(VOCAB, shape, generator=generator).to(device)
+
+    with redirect_stdout(io.StringIO()):  # DeepSpeed talks
+        step = SYSTEMS[system](net)
+        for x, y in data[:WARM_UP]:
+            step(x, y)
+    dist.barrier()
+    _reset_peak(device)
+    sent = loopback_bytes()
+    clock = _clock(device)
+    for x, y in data[WARM_UP:]:
+        loss = step(x, y)
+    seconds = clock() / steps
+    losses = [None] * world_size
+    dist.all_gather_object(losses, loss.item())  # also waits for the other ranks
+    sent = None if sent is None else (loopback_bytes() - sent) / steps / world_size
+    return {"seconds": seconds, "sent": sent, "loss": sum(losses) / world_size,
+            "peak": _peak(device) - before, "about": about}
+
+
+def _clock(device):
+    """Returns a function that says how many seconds ago this was called."""
+    if device.type == "cpu":
+        start = time.perf_counter()
+        return lambda: time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+
+    def seconds():
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return seconds
+
+
+def _status(field):
+    """A size from what Linux says about this process, in bytes; 0 on other systems."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def _resident_set(device):
+    return torch.cuda.memory_allocated() if device.type == "cuda" else _status("VmRSS")
+
+
+def _reset_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak(device):
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+# ---- Python's share ------------------------------------------------------------------------------
+
+
+def _overhead_in_a_fresh_process(world_size):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+        return fresh.submit(overhead, world_size).result()
+
+
+def overhead(world_size, units=64, steps=30):
+    """Microseconds per unit and step that each stage adds to the bare module: Python alone, on one
+    rank of `world_size` whose messages go nowhere (torch's "fake" backend, whose own time is not
+    counted). Returns {stage: µs}.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.set_num_threads(1)
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
+    x = torch.ones(1, 8)
+    in_backend = 0.0
+
+    def timed(collective):
+        def call(*args, **kwargs):
+            nonlocal in_backend
+            start = time.perf_counter()
+            work = collective(*args, **kwargs)
+            in_backend += time.perf_counter() - start
+            return work
+
+        return call
+
+    comm._nccl_all_gather = timed(comm._nccl_all_gather)
+    comm._nccl_reduce_scatter = timed(comm._nccl_reduce_scatter)
+
+    def seconds(stage):
+        nonlocal in_backend
+        model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(units)])
+        if stage is not None:
+            model = wrap(model, stage)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        times = []
+        for _ in range(steps):
+            start, in_backend = time.perf_counter(), 0.0
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            times.append(time.perf_counter() - start - in_backend)
+        return statistics.median(times)
+
+    bare = seconds(None)
+    return {stage: round((seconds(stage) - bare) / units * 1e6, 1) for stage in range(4)}
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+def _machine():
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in
+             (cpuinfo.read_text().splitlines() if cpuinfo.exists() else [])
+             if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{cores} cores of {names[0] if names else platform.machine()}"
+
+
+def _stage_of(system):
+    """The ZeRO stage whose formula says what a system keeps."""
+    if system.startswith(("stage", "DeepSpeed")):
+        return int(system.split()[1].rstrip(","))
+    return {"FSDP2": 3, "FSDP2, no reshard": 3, "DDP + ZeroRedundancy": 1}.get(system, 0)
+
+
+def _summary(runs, world_size):
+    """A dict per system: medians over the rounds, and the least and largest ratio."""
+    about = runs["DDP"][0]["about"]
+    rows = []
+    for system, measured in runs.items():
+        ratios = [m["seconds"] / d["seconds"] for m, d in zip(measured, runs["DDP"])]
+        floors = [f["seconds"] / m["seconds"] for m, f in zip(measured, runs["floor"])]
+        sent = [m["sent"] / (4 * about["numel"]) for m in measured if m["sent"] is not None]
+        states = memory.model_states(about["numel"], world_size, _stage_of(system))
+        rows.append({
+            "system": system, "seconds": statistics.median(m["seconds"] for m in measured),
+            "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),
+            "floor_share": statistics.median(floors),
+            "sent_psi": statistics.median(sent) if sent else None,
+            "peak_bytes": statistics.median(m["peak"] for m in measured),
+            "formula_bytes": sum(states.values()),
+            "loss": measured[0]["loss"],
+        })
+    return rows
+
+
+def print_report(report):
+    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
+    console.print(f"{report['machine']}, torch {report['torch']}; {report['rounds']} rounds of "
+                  f"{report['steps']} steps, {report['optimizer']}")
+    for part in report["parts"]:
+        console.print()
+        table = Table(title=f"GPT with Ψ = {part['numel']:,} parameters, N = "
+                            f"{part['world_size']} ranks on {part['device']}",
+                      title_justify="left", box=box.SIMPLE_HEAD)
+        for heading in ("", "ms", "/ DDP", "least–most", "floor", "sent", "peak MB", "states MB",
+                        "loss"):
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+        for row in part["systems"]:
+            sent = "?" if row["sent_psi"] is None else f"{row['sent_psi']:.3f} Ψ"
+            table.add_row(row["system"], f"{row['seconds'] * 1e3:.1f}", f"{row['ratio']:.2f}",
+                          f"{row['least']:.2f}–{row['most']:.2f}", f"{row['floor_share']:.0%}",
+                          sent, f"{row['peak_bytes'] / 1e6:,.0f}",
+                          f"{row['formula_bytes'] / 1e6:,.0f}",
+                          "" if row["system"] == "floor" else f"{row['loss']:.4f}")
+        console.print(table)
+    console.print(
+        "ms: per step, median over rounds. / DDP: median of the ratios within a round. floor: its "
+        "share of the\ntime, each process alone without communication. sent: per rank and step, by "
+        "the kernel's count on the\nloopback device. peak: resident memory above start-up. states: "
+        "parameters, gradients and optimizer\nstates by formula.\n")
+    console.print("Python overhead, µs per unit and step, on one of N ranks whose messages go "
+                  "nowhere")
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("N", "stage 0", "stage 1", "stage 2", "stage 3"):
+        table.add_column(heading, justify="right")
+    for world_size, stages in report["overhead_us"].items():
+        table.add_row(str(world_size), *[f"{us:.0f}" for us in stages.values()])
+    console.print(table)
