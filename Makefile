@@ -1,12 +1,14 @@
 # make compare   the main job: all stages side by side on real data
 # make test      all checks: ruff and pytest
-# make figures   draws figures/ anew, from a run
+# make bench     times every stage beside what people use instead; a quarter of an hour
+# make scale     the same with 1, 2, 4 and 8 ranks
+# make figures   draws figures/compare.png anew, from a run; make bench draws the others
 # Each makes .venv and installs what it needs when that is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test figures clean
+.PHONY: compare test bench scale figures clean
 
 compare: .venv/.installed
 	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
@@ -14,6 +16,15 @@ compare: .venv/.installed
 test: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pytest $(ARGS)
+
+bench: .venv/.installed
+	$(BIN)/zero-ref bench --model 3M 15M 57M --rounds 3 --json figures/bench.json \
+	    --figure figures/bench.png $(ARGS)
+
+scale: .venv/.installed
+	$(BIN)/zero-ref bench --model 3M --world-size 1 2 4 8 --rounds 2 --steps 5 \
+	    --systems "stage 0" "stage 1" "stage 2" "stage 3" \
+	    --json figures/scale.json --figure figures/scale.png
 
 figures: .venv/.installed
 	$(BIN)/zero-ref compare --figure figures/compare.png

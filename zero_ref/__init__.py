@@ -33,12 +33,14 @@ def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward
     process_group: the ranks that share the module; default: all of them.
     reshard_after_forward: stage 3 only. False keeps the parameters gathered between a unit's
         forward and backward: 2Ψ instead of 3Ψ elements sent, for the memory of the whole model.
-    overlap: whether backward goes on while gradients are reduced. The result has the same bits.
+    overlap: whether the module goes on computing while gradients are reduced and, at stage 3, while
+        the next unit's parameters are gathered. The result has the same bits.
 
     Rank 0's initial values are broadcast. Build the optimizer from `model.parameters()`. From stage
     1 on these are 1-D pieces: sort them into groups by name, not by shape; clip with
     `model.clip_grad_norm_`; write values inside `model.full_params()`. A parameter that gets no
-    gradient in a backward gets a zero.
+    gradient in a backward gets a zero. After zero_grad() the next backward writes its gradients
+    into the same memory: clone what is to be kept.
 
     Returns a Stage0, Stage1, Stage2 or Stage3. Raises ValueError for an argument or a module that
     does not fit, also if it differs between the ranks, and RuntimeError without a process group.

@@ -366,8 +366,7 @@ def print_report(report):
         table = Table(title=f"GPT with Ψ = {part['numel']:,} parameters, N = "
                             f"{part['world_size']} ranks on {part['device']}",
                       title_justify="left", box=box.SIMPLE_HEAD)
-        for heading in ("", "ms", "/ DDP", "least–most", "floor", "sent", "peak MB", "states MB",
-                        "loss"):
+        for heading in ("", "ms", "/ DDP", "least–most", "floor", "sent", "peak", "states", "loss"):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for row in part["systems"]:
             sent = "?" if row["sent_psi"] is None else f"{row['sent_psi']:.3f} Ψ"
@@ -379,9 +378,9 @@ def print_report(report):
         console.print(table)
     console.print(
         "ms: per step, median over rounds. / DDP: median of the ratios within a round. floor: its "
-        "share of the\ntime, each process alone without communication. sent: per rank and step, by "
-        "the kernel's count on the\nloopback device. peak: resident memory above start-up. states: "
-        "parameters, gradients and optimizer\nstates by formula.\n")
+        "share of\nthe time, each process alone without communication. sent: per rank and step, by "
+        "the kernel's count\non the loopback device. peak: resident memory above start-up, MB. "
+        "states: parameters, gradients\nand optimizer states by formula, MB.\n")
     console.print("Python overhead, µs per unit and step, on one of N ranks whose messages go "
                   "nowhere")
     table = Table(box=box.SIMPLE_HEAD)

@@ -99,6 +99,7 @@ class _Lane(threading.Thread):
         return job
 
     def run(self):
+        torch.set_num_threads(1)  # of this thread only: the others are for the model
         while True:
             jobs = [self._jobs.get()]
             while not self._jobs.empty():

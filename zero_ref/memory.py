@@ -36,8 +36,9 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
 def resident(model, optimizer=None):
     """The same three sums, measured: the sizes of the storages that are alive, each counted once.
 
-    model: what `zero_ref.wrap` returned, or any nn.Module. What the optimizer keeps once per tensor
-    (its step count, say) and not per element is left out, as are buffers and activations.
+    model: what `zero_ref.wrap` returned, or any nn.Module. A wrapped model keeps the memory of its
+    gradients from its first backward on, also after zero_grad(). What the optimizer keeps once per
+    tensor (its step count, say) and not per element is left out, as are buffers and activations.
     """
     params, grads = [*model.parameters(), *nn.Module.parameters(model)], []
     for unit in getattr(model, "units", []):

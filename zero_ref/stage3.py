@@ -4,14 +4,15 @@ Stage 2 plus one partition: between uses, a rank keeps only its slice of a unit'
 full ones are gathered just before a unit's forward and again before its backward, and let go right
 after, so the all_gather after the step is gone:
 
-    Phase 1  forward     unshard each unit (all_gather), run it, reshard it:
-                         Ψ·(N-1)/N elements sent in all
+    Phase 1  forward     unshard each unit (all_gather), run it, reshard it; the next unit is
+                         gathered while it runs: Ψ·(N-1)/N elements sent in all
     Phase 2  backward    unshard each unit again, Ψ·(N-1)/N; when autograd has left it, reshard it.
                          One reduce_scatter of its gradients as at stage 2, Ψ·(N-1)/N
     Phase 4  step        every rank updates its slice, and sends nothing
 
 Together 3Ψ·(N-1)/N, 1.5 times stage 0. What is left at the peak are the slices plus the units that
-are gathered at one time: the one that computes, and the root's own parameters.
+are gathered at one time: the one that computes, the one that comes next, and the root's own
+parameters.
 
 A unit's flat buffer keeps its address in every view that autograd has saved. Letting go means
 emptying the storage behind them (`untyped_storage().resize_(0)`), not pointing the parameter
@@ -73,8 +74,8 @@ class Stage3(Stage2):
             unit.gathered = True
 
     def _unshard_module(self, submodule, phase, order):
-        """Gather a module's units, and start with those of the module that will come next, so that
-        they arrive while this one computes."""
+        """Gather a module's units, and start to gather those of the module that will come next, so
+        that they arrive while this one computes. One module ahead: more would cost memory."""
         following = order.after(submodule)
         for unit in self._units_of[submodule]:
             self._unshard(unit, phase)
