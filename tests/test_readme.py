@@ -1,12 +1,13 @@
 """The README says what the commands print."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from zero_ref import compare, optim
+from zero_ref import bench, compare, optim
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -32,3 +33,11 @@ def test_the_training_loop_runs(capsys):
 @pytest.mark.parametrize("kind", optim.ELEMENTWISE)
 def test_the_optimizers_it_names(kind):
     assert issubclass(kind, torch.optim.Optimizer) and kind.__name__ in README
+
+
+def test_the_bench_table_is_what_was_measured(capsys):
+    report = json.loads((Path(__file__).parent.parent / "figures" / "bench.json").read_text())
+    bench.print_report(report)
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    missing = [line for line in printed if line and line not in README.splitlines()]
+    assert not missing
