@@ -10,27 +10,29 @@ import torch.distributed as dist
 from . import comm, memory
 from .launch import RankError, init, launch
 from .partition import partition
+from .precision import GradScaler, MixedPrecision, own_precision
 from .stage0 import Stage0, wrapped
 from .stage1 import Stage1
 from .stage2 import Stage2
 from .stage3 import Stage3
 from .trace import trace
 
-__all__ = ["RankError", "Stage0", "Stage1", "Stage2", "Stage3", "init", "launch", "memory",
-           "trace", "wrap"]
+__all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
+           "init", "launch", "memory", "trace", "wrap"]
 __version__ = "0.1.0"
 
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
 
 
-def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward=True,
-         overlap=True):
+def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
+         reshard_after_forward=True, overlap=True):
     """Train `module` in data parallel at ZeRO stage 0, 1, 2 or 3. Called on every rank.
 
     units: which submodules are gathered, reduced and freed together: a module class, a tuple of
         them, or a predicate. Default: each child with parameters of the outermost nn.ModuleLists
         and nn.Sequentials. What no unit contains belongs to the root.
     process_group: the ranks that share the module; default: all of them.
+    mixed_precision: a MixedPrecision, for 16-bit computation with fp32 updates.
     reshard_after_forward: stage 3 only. False keeps the parameters gathered between a unit's
         forward and backward: 2Ψ instead of 3Ψ elements sent, for the memory of the whole model.
     overlap: whether the module goes on computing while gradients are reduced and, at stage 3, while
@@ -38,9 +40,9 @@ def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward
 
     Rank 0's initial values are broadcast. Build the optimizer from `model.parameters()`. From stage
     1 on these are 1-D pieces: sort them into groups by name, not by shape; clip with
-    `model.clip_grad_norm_`; write values inside `model.full_params()`. A parameter that gets no
-    gradient in a backward gets a zero. After zero_grad() the next backward writes its gradients
-    into the same memory: clone what is to be kept.
+    `model.clip_grad_norm_`; write values inside `model.full_params()`. A parameter that no rank
+    uses gets no gradient; one that some ranks use counts as zero on the others. After zero_grad()
+    the next backward writes its gradients into the same memory: clone what is to be kept.
 
     Returns a Stage0, Stage1, Stage2 or Stage3. Raises ValueError for an argument or a module that
     does not fit, also if it differs between the ranks, and RuntimeError without a process group.
@@ -51,30 +53,32 @@ def wrap(module, stage, *, units=None, process_group=None, reshard_after_forward
     group = process_group or dist.group.WORLD
     problem = parts = None
     try:
-        parts = _plan(module, stage, units, group)
+        parts = _plan(module, stage, units, mixed_precision, group)
     except ValueError as error:
         problem = error
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
-    _agree((stage, reshard_after_forward), module, parts, problem, group)
-    if stage == 3:
-        return Stage3(module, parts, group, overlap, reshard_after_forward)
-    return _STAGES[stage](module, parts, group, overlap)
+    _agree((stage, reshard_after_forward, mixed_precision), module, parts, problem, group)
+    only_stage_3 = {"reshard_after_forward": reshard_after_forward} if stage == 3 else {}
+    return _STAGES[stage](module, parts, group, overlap, mixed_precision, **only_stage_3)
 
 
-def _plan(module, stage, units, group):
+def _plan(module, stage, units, mixed_precision, group):
     if type(stage) is not int or stage not in _STAGES:
         raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3")
     for name, m in module.named_modules():
         if isinstance(m, Stage0) or m in wrapped:
             what = f"submodule {name!r} of this" if name else "this"
             raise ValueError(f"{what} {type(module).__name__} is wrapped already: build a new one")
-    return partition(module, units, dist.get_rank(group), dist.get_world_size(group))
+    if not isinstance(mixed_precision, MixedPrecision | None):
+        raise ValueError(f"mixed_precision={mixed_precision!r}: give a zero_ref.MixedPrecision")
+    precision_of = mixed_precision.of if mixed_precision is not None else own_precision
+    return partition(module, units, precision_of, dist.get_rank(group), dist.get_world_size(group))
 
 
 def _agree(options, module, parts, problem, group):
     """Raise the same ValueError on every rank unless all of them plan to do the same."""
-    plan = [("stage, reshard_after_forward =", *options)]
+    plan = [("stage, reshard_after_forward, mixed_precision =", *options)]
     for unit in parts or []:
         plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]

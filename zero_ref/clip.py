@@ -6,10 +6,11 @@ import torch
 def clip_grad_norm_(model, max_norm, norm_type):
     """See Stage0.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
     numbers in the same order, whoever holds them. Padding belongs to no parameter."""
-    flat = model.trainable[0].flat
-    dtype = torch.promote_types(flat.dtype, torch.float32)
+    masters = [unit.master for unit in model.trainable]
+    dtype = max((m.dtype for m in masters), key=lambda dtype: dtype.itemsize)
+    dtype = torch.promote_types(dtype, torch.float32)
     owned = [(unit, index, p) for unit in model.trainable for index, p in enumerate(unit.owned)]
-    norms = torch.zeros(len(owned), model.world_size, dtype=dtype, device=flat.device)
+    norms = torch.zeros(len(owned), model.world_size, dtype=dtype, device=masters[0].device)
     for row, (unit, index, p) in zip(norms, owned):
         if p.grad is not None:
             for rank, part in model._owned_slices(unit, index, p.grad).items():

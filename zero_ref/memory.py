@@ -42,8 +42,8 @@ def resident(model, optimizer=None):
     """
     params, grads = [*model.parameters(), *nn.Module.parameters(model)], []
     for unit in getattr(model, "units", []):
-        params += [unit.flat, unit.shard, *unit.params, *unit.owned]
-        grads += [unit.grad, unit.kept_grad]
+        params += [unit.flat, unit.shard, *unit.params, *([] if unit.mixed else unit.owned)]
+        grads += [unit.grad, *unit.kept_grads.values()]
     in_flight = getattr(model, "_in_flight", None)
     if in_flight:
         grads.append(in_flight[1])

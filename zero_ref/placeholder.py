@@ -13,6 +13,7 @@ _ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "i
                "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize",
                "grad_fn")
 _ALLOWED = {getattr(torch.Tensor, name).__get__ for name in _ATTRIBUTES}
+_ALLOWED |= {torch.Tensor.requires_grad.__set__, torch.Tensor.requires_grad_}
 _ALLOWED |= {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.stride,
              torch.Tensor.nelement, torch.Tensor.element_size, torch.Tensor.is_floating_point,
              torch.Tensor.is_complex, torch.Tensor.is_contiguous, torch.Tensor.untyped_storage,
@@ -54,6 +55,9 @@ def show_in_module(unit, params):
     """Put these, the unit's parameters or its placeholders, where the module has its parameters."""
     for p, places in zip(params, unit.slots):
         for module, attribute in places:
+            # Whoever freezes a parameter sets the flag of the one that hangs there at that time.
+            if p.requires_grad != (flag := module._parameters[attribute].requires_grad):
+                p.requires_grad = flag
             module._parameters[attribute] = p
 
 

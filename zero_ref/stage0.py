@@ -25,9 +25,9 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from . import clip, comm, optim
+from .tree import tensors_in
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
 
@@ -37,10 +37,10 @@ class Stage0(nn.Module):
 
     stage = 0
 
-    def __init__(self, module, units, group, overlap=True):
+    def __init__(self, module, units, group, overlap=True, mixed_precision=None):
         super().__init__()
         self.module, self.units = module, units
-        self.group, self.overlap = group, overlap
+        self.group, self.overlap, self.mixed_precision = group, overlap, mixed_precision
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._in_full_params = False
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -48,7 +48,10 @@ class Stage0(nn.Module):
         for unit in units:
             unit.flatten()
             comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
-            unit.owned = self._make_owned(unit)
+            full = unit.round_flat()
+            unit.master = self._make_master(unit, unit.flat if unit.frozen else full)
+            unit.owned = [nn.Parameter(view, requires_grad=not unit.frozen)
+                          for view in self._owned_views(unit, unit.master)]
         self._broadcast_buffers("init")
 
         self.trainable = [unit for unit in units if not unit.frozen]
@@ -67,6 +70,8 @@ class Stage0(nn.Module):
 
     def _register_hooks(self):
         hooks = optim.watch(self)
+        if self.mixed_precision is not None:
+            hooks += self.mixed_precision.watch_kept(self.module)
         for unit in self.trainable:
             for index, p in enumerate(unit.params):
                 on_grad = self._weak_hook("_on_grad", unit, index)
@@ -77,11 +82,23 @@ class Stage0(nn.Module):
 
     def forward(self, *args, **kwargs):
         self._drop_failed_backward()
+        self._refuse_thawed()
         if self.training and torch.is_grad_enabled():
             self._broadcast_buffers("forward")
+        if self.mixed_precision is not None and not self._in_full_params:
+            args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
         output = self.module(*args, **kwargs)
         self._on_grad_of(output, "_begin_backward")
         return output
+
+    def _refuse_thawed(self):
+        for unit in self.units:
+            if unit.frozen:
+                for name, [(module, attribute), *_] in zip(unit.names, unit.slots):
+                    if module._parameters[attribute].requires_grad:
+                        raise RuntimeError(
+                            f"{name!r} was frozen when the model was wrapped, so no optimizer has "
+                            "a part of it: wrap it trainable, and freeze it after that")
 
     def _broadcast_buffers(self, phase):
         """Rank 0's buffers (BatchNorm's statistics, say) for everyone: one message per dtype."""
@@ -99,8 +116,8 @@ class Stage0(nn.Module):
 
     def _on_grad_of(self, output, method, *args):
         """Call self.method(*args, grad) when backward has the gradient of a tensor in `output`."""
-        for tensor in tree_leaves(output):
-            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
                 tensor.register_hook(self._weak_hook(method, *args))
 
     def _begin_backward(self, grad=None):
@@ -109,6 +126,8 @@ class Stage0(nn.Module):
             self._in_backward = True
             # Always the same order on every rank, whatever order the gradients arrive in.
             self._queue = list(self.trainable)
+            for unit in self.trainable:
+                unit.expected = sum(p.requires_grad for p in unit.params)
             end_of_backward = torch.autograd.Variable._execution_engine.queue_callback
             end_of_backward(self._finish_backward)
 
@@ -129,14 +148,14 @@ class Stage0(nn.Module):
         """All of the unit's gradients are there: reduce it, unless others come first."""
         while self._sync and self._queue and self._queue[-1].complete():
             self._start_reduction(self._queue.pop())
-            if not self.overlap:
-                self._finish_reduction()
 
     def _start_reduction(self, unit):
         self._finish_reduction()  # one unit in flight at a time bounds the memory
         self._collect(unit)
         unit.fill_gaps()
         self._in_flight = (unit, *self._reduce(unit))
+        if not self.overlap:
+            self._finish_reduction()
 
     def _collect(self, unit):
         if unit.grad is None:
@@ -144,7 +163,7 @@ class Stage0(nn.Module):
 
     def _grad_buffer(self, unit):
         """Where backward collects a unit's gradients: at this stage, where they will stay."""
-        return unit.grad_memory(unit.padded_numel)
+        return unit.grad_memory(unit.padded_numel, unit.grad_dtype)
 
     def _reduce(self, unit):
         """Start to sum the unit's gradient. Returns where this rank's result will be, a handle."""
@@ -161,8 +180,13 @@ class Stage0(nn.Module):
         self._in_flight = None
         handle.wait()
         unit.grad = None
-        for p, grad in zip(unit.owned, self._owned_views(unit, reduced)):
-            p.grad = grad if p.grad is None else p.grad.add_(grad)
+        if reduced.dtype != unit.master.dtype:
+            reduced = unit.grad_memory(reduced.numel(), unit.master.dtype).copy_(reduced)
+        for index, grad in enumerate(self._owned_views(unit, reduced)):
+            p = unit.owned[index]
+            if p.requires_grad and not unit.left_alone(index, grad):
+                p.grad = grad if p.grad is None else p.grad.add_(grad)
+        unit.gaps.clear()
 
     def _finish_backward(self):
         """Reduce what is left (units with unused parameters, for instance), then tidy up."""
@@ -174,6 +198,7 @@ class Stage0(nn.Module):
     def _leave_backward(self):
         for unit in self.units:
             unit.ready.clear()
+            unit.gaps.clear()
             unit.grad = None
         self._in_backward, self._in_flight = False, None
 
@@ -186,13 +211,12 @@ class Stage0(nn.Module):
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
-    def _make_owned(self, unit):
-        """What the optimizer sees of the unit's parameters: at this stage, all of each."""
-        return self._as_parameters(unit, unit.flat)
+    def _make_master(self, unit, full):
+        """What this rank's optimizer updates: at this stage, the full parameters.
 
-    def _as_parameters(self, unit, buffer):
-        return [nn.Parameter(view, requires_grad=not unit.frozen)
-                for view in self._owned_views(unit, buffer)]
+        full: (padded_numel,) in full precision; without mixed precision it is `unit.flat`.
+        """
+        return full
 
     def _owned_views(self, unit, buffer):
         """`buffer`, parameters or gradients, as one view per parameter."""
@@ -203,7 +227,9 @@ class Stage0(nn.Module):
         return unit.slices_of(index, tensor)
 
     def _after_step(self, units):
-        """Called when an optimizer has updated parameters of these units: nothing to do."""
+        """Called when an optimizer has updated parameters of these units."""
+        for unit in units:
+            unit.flat.copy_(unit.master)  # nothing without mixed precision: they are one
 
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """Scale all gradients so that their global norm is at most `max_norm`.
@@ -242,34 +268,46 @@ class Stage0(nn.Module):
     @contextmanager
     def full_params(self):
         """All parameters in full, in `model.module`, on every rank (so all must enter together).
-        What rank 0 writes into them there is kept."""
+        What rank 0 writes into them there is kept. With mixed precision, in full precision."""
+        with self._shown_in_full() as buffers, torch.no_grad():
+            try:
+                yield
+            finally:
+                for unit, full in buffers.items():
+                    comm.broadcast(full, self.group, unit=unit.name, phase="full_params").wait()
+
+    @contextmanager
+    def _shown_in_full(self):
+        """Yields {unit: its full buffer}. What that holds at the end is kept."""
         if self._in_full_params:
-            yield
+            yield {}
             return
-        self._gather_all()
+        buffers = {unit: self._gather_full(unit) for unit in self.units}
         self._in_full_params = True
         try:
-            with torch.no_grad():
-                yield
+            yield buffers
         finally:
             self._in_full_params = False
-            for unit in self.units:
-                comm.broadcast(unit.flat, self.group, unit=unit.name, phase="full_params").wait()
-            self._keep_all()
+            for unit, full in buffers.items():
+                self._take_over(unit, full)
 
-    def _gather_all(self):
-        """Make every unit's flat buffer whole: at this stage it always is."""
+    def _gather_full(self, unit):
+        """Show the unit's parameters in full and in full precision: at this stage they are there.
+        Returns the buffer, (padded_numel,)."""
+        unit.point_to(unit.master)
+        return unit.master
 
-    def _keep_all(self):
-        """Take over the flat buffers' values: at this stage they are the only copy."""
+    def _take_over(self, unit, full):
+        """The parameters now have the values in `full`, and the module shows its own again."""
+        unit.flat.copy_(full)
+        unit.point_to(unit.flat)
 
     def state_dict(self):
-        """Full, unpadded copies under the original names, on every rank (so all must call it)."""
-        self._gather_all()
-        full = {name: value.clone() if isinstance(value, torch.Tensor) else value
-                for name, value in self.module.state_dict().items()}
-        self._keep_all()
-        return full
+        """Full, unpadded copies under the original names, on every rank (so all must call it).
+        With mixed precision, the values of the master copy."""
+        with self._shown_in_full():
+            return {name: value.clone() if isinstance(value, torch.Tensor) else value
+                    for name, value in self.module.state_dict().items()}
 
     def load_state_dict(self, state_dict, strict=True):
         """Takes what `state_dict()` or the bare module's gives. Rank 0's values are kept."""

@@ -33,8 +33,8 @@ class Stage1(Stage0):
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
-    def _make_owned(self, unit):
-        return self._as_parameters(unit, unit.shard)
+    def _make_master(self, unit, full):
+        return unit.shard if full is unit.flat else full[unit.own_slice].clone()
 
     def _owned_views(self, unit, buffer):
         return unit.shard_views(buffer)
@@ -43,6 +43,8 @@ class Stage1(Stage0):
         return {self.rank: tensor}
 
     def _after_step(self, units):
+        for unit in units:
+            unit.shard.copy_(unit.master)  # nothing without mixed precision: they are one
         handles = [comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase="step")
                    for unit in units]
         for handle in handles:
@@ -51,3 +53,17 @@ class Stage1(Stage0):
     def _share_norms(self, norms):
         # Every entry is zero on all ranks but one, so this sum is exact.
         comm.all_reduce(norms, self.group, unit="norms", phase="clip").wait()
+
+    # ---- full parameters -------------------------------------------------------------------------
+
+    def _gather_full(self, unit):
+        if not unit.mixed:
+            return unit.flat
+        full = unit.master.new_empty(unit.padded_numel)
+        comm.all_gather(full, unit.master, self.group, unit=unit.name, phase="full_params").wait()
+        unit.point_to(full)
+        return full
+
+    def _take_over(self, unit, full):
+        unit.master.copy_(full[unit.own_slice])
+        super()._take_over(unit, full)

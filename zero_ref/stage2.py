@@ -22,10 +22,11 @@ class Stage2(Stage1):
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
     def _grad_buffer(self, unit):
-        return unit.flat.new_empty(unit.padded_numel)  # only until it has been sent
+        # Only until it has been sent.
+        return unit.flat.new_empty(unit.padded_numel, dtype=unit.grad_dtype)
 
     def _reduce(self, unit):
-        reduced = unit.grad_memory(unit.shard_numel)
+        reduced = unit.grad_memory(unit.shard_numel, unit.grad_dtype)
         handle = comm.reduce_scatter(reduced, unit.grad, self.group,
                                      unit=unit.name, phase="backward", divide_by=self.world_size)
         return reduced, handle

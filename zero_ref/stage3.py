@@ -18,34 +18,40 @@ A unit's flat buffer keeps its address in every view that autograd has saved. Le
 emptying the storage behind them (`untyped_storage().resize_(0)`), not pointing the parameter
 elsewhere: saved views would keep the old memory alive.
 
-All ranks have to run the same units in the same order. What a unit returns has to be made of
-tensors in tuples, lists and dicts: backward is noticed there.
+All ranks have to run the same units in the same order, because everyone's slice is needed. What a
+unit takes and returns has to be made of tensors in tuples, lists, dicts and dataclasses: backward
+is noticed there.
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of PyTorch's FSDP2.
 """
 
 from collections import defaultdict
+from weakref import WeakSet
 
 import torch
 from torch.autograd.graph import register_multi_grad_hook
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from . import comm
 from .placeholder import make_placeholders, show_in_module
 from .stage2 import Stage2
+from .tree import map_tensors, tensors_in
 
 
 class Stage3(Stage2):
     stage = 3
 
-    def __init__(self, module, units, group, overlap=True, reshard_after_forward=True):
+    def __init__(self, module, units, group, overlap=True, mixed_precision=None,
+                 reshard_after_forward=True):
         self.reshard_after_forward = reshard_after_forward
-        super().__init__(module, units, group, overlap)
+        super().__init__(module, units, group, overlap, mixed_precision)
 
     def _register_hooks(self):
         hooks = super()._register_hooks()
         self._forward_order, self._backward_order = Order(), Order()
-        self._units_of = defaultdict(list)  # module -> its units, a trainable and a frozen one
+        self._units_of = defaultdict(list)  # module -> its units: trainable, frozen, by dtype
+        self._calls_of = defaultdict(WeakSet)  # module -> its Calls
+        self._open_calls = []  # those whose forward is running, the innermost last
+        self._left_now = set()  # those that this backward has been through
         for unit in self.units:
             self._units_of[unit.module].append(unit)
         for submodule in self._units_of.keys() - {self.module}:  # the root's turn is in forward()
@@ -59,7 +65,7 @@ class Stage3(Stage2):
 
     def _unshard(self, unit, phase):
         """Start to gather the unit's full parameters, unless they are there or on their way."""
-        if not unit.gathered and unit.gathering is None:
+        if not unit.gathered and unit.gathering is None and not self._in_full_params:
             unit.flat.untyped_storage().resize_(unit.padded_numel * unit.flat.itemsize)
             unit.gathering = comm.all_gather(unit.flat, unit.shard, self.group,
                                              unit=unit.name, phase=phase)
@@ -68,8 +74,7 @@ class Stage3(Stage2):
         if unit.gathering is not None:
             unit.gathering.wait()
             unit.gathering = None
-            for p, view in zip(unit.params, unit.full_views(unit.flat)):
-                p.data = view
+            unit.point_to(unit.flat)
             show_in_module(unit, unit.params)
             unit.gathered = True
 
@@ -88,17 +93,21 @@ class Stage3(Stage2):
         """Let go of all but this rank's slice."""
         self._wait_for_unshard(unit)
         if unit.gathered and not self._in_full_params:
-            show_in_module(unit, unit.placeholders)
-            for p in unit.params:  # for who kept a reference: an empty tensor, not a dangling one
-                p.data = p.data.new_empty(0)
-            unit.flat.untyped_storage().resize_(0)
-            unit.gathered = False
+            self._let_go(unit)
+
+    def _let_go(self, unit):
+        show_in_module(unit, unit.placeholders)
+        for p in unit.params:  # for who kept a reference: an empty tensor, not a dangling one
+            p.data = p.data.new_empty(0)
+        unit.flat.untyped_storage().resize_(0)
+        unit.gathered = False
 
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
     def forward(self, *args, **kwargs):
         self._drop_failed_backward()
         self._forward_order.restart()
+        self._open_calls.clear()
         args, kwargs = self._pre_forward(self.module, args, kwargs)
         output = super().forward(*args, **kwargs)
         output = self._post_forward(self.module, args, output)
@@ -117,20 +126,24 @@ class Stage3(Stage2):
             self._unshard_module(submodule, "forward", self._forward_order)
         if not units or not torch.is_grad_enabled():
             return args, kwargs
+        call = Call()
+        if not any(unit.in_backward for unit in units):  # else a checkpointed unit is recomputed
+            self._calls_of[submodule].add(call)
+        self._open_calls.append(call)
         # Backward has left the unit when it has the gradients of these views of its inputs.
-        inputs, structure = tree_flatten((args, kwargs))
-        inputs = [x.view_as(x) if _has_grad(x) else x for x in inputs]
-        if any(map(_has_grad, inputs)):
-            register_multi_grad_hook([x for x in inputs if _has_grad(x)],
-                                     self._weak_hook("_post_backward", submodule))
-        return tree_unflatten(inputs, structure)
+        args, kwargs = map_tensors(lambda x: x.view_as(x) if x.requires_grad else x, (args, kwargs))
+        inputs = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
+        if inputs:
+            register_multi_grad_hook(inputs, self._weak_hook("_post_backward", submodule, call))
+        return args, kwargs
 
     def _post_forward(self, submodule, args, output):
         units = self._units_of.get(submodule, [])
         if not units:
             return output
-        output = tree_map(lambda x: x.clone() if _is_fragile(x, units) else x, output)
-        self._on_grad_of(output, "_pre_backward", submodule)
+        output = map_tensors(lambda x: x.clone() if _is_fragile(x, units) else x, output)
+        if torch.is_grad_enabled():
+            self._on_grad_of(output, "_pre_backward", submodule, self._open_calls.pop())
         for unit in units:
             recomputing = unit.in_backward  # activation checkpointing runs forward again
             if not recomputing and (self.reshard_after_forward or not torch.is_grad_enabled()):
@@ -139,35 +152,42 @@ class Stage3(Stage2):
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
-    def _pre_backward(self, submodule, grad):
+    def _pre_backward(self, submodule, call, grad):
         """Runs when autograd has the gradient of one of the unit's outputs, and needs the rest."""
         self._begin_backward()
         units = self._units_of[submodule]
+        if call.left and call not in self._left_now:  # a graph that is differentiated once more
+            for again in self._calls_of[submodule]:
+                again.left = False
         if not all(unit.in_backward for unit in units):
             for unit in units:
                 unit.in_backward = True
             self._unshard_module(submodule, "backward", self._backward_order)
 
-    def _post_backward(self, submodule, grads):
-        """Runs when autograd has the gradients of the unit's inputs."""
+    def _post_backward(self, submodule, call, grads):
+        """Runs when autograd has the gradients of the unit's inputs, and so those of its
+        parameters. If this was its last call, reshard and reduce.
+
+        Stages 0 to 2 reduce when the last gradient is there. Here it may not wait for a gradient
+        that only other ranks have: between gathers, all ranks have to reduce at the same point.
+        """
+        call.left = True
+        self._left_now.add(call)
         for unit in self._units_of[submodule]:
             unit.in_backward = False
-        self._reshard_if_done(submodule)
+        if all(call.left for call in self._calls_of[submodule]):
+            for unit in self._units_of[submodule]:
+                self._reshard(unit)
+                if self._sync and unit in self._queue:
+                    self._queue.remove(unit)
+                    self._start_reduction(unit)
 
     def _unit_ready(self, unit):
-        self._reshard_if_done(unit.module)
-        super()._unit_ready(unit)
-
-    def _reshard_if_done(self, submodule):
-        """Neither a parameter's gradient nor an input's may be missing: each may need the others'
-        parameters. A unit whose inputs have no gradient is done when backward ends."""
-        units = self._units_of[submodule]
-        if all(unit.complete() and not unit.in_backward for unit in units):
-            for unit in units:
-                self._reshard(unit)
+        """All of the unit's gradients are there: this stage waits for _post_backward."""
 
     def _leave_backward(self):
         super()._leave_backward()
+        self._left_now.clear()
         self._backward_order.restart()
         for unit in self.units:
             unit.in_backward = False
@@ -175,27 +195,40 @@ class Stage3(Stage2):
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
-    def _make_owned(self, unit):
-        unit.shard = unit.shard.clone()
+    def _make_master(self, unit, full):
+        master = full[unit.own_slice].clone()
+        unit.shard = master.to(unit.dtype)  # without mixed precision they are one
         unit.placeholders = make_placeholders(unit)
-        self._reshard(unit)
-        return self._as_parameters(unit, unit.shard)
+        self._let_go(unit)
+        return master
 
     def _after_step(self, units):
-        for unit in units:  # gathered still if a forward was not followed by its backward: outdated
+        for unit in units:
+            unit.shard.copy_(unit.master)
+            # Gathered still, if a forward was not followed by its backward: outdated.
             self._reshard(unit)
 
     # ---- full parameters -------------------------------------------------------------------------
 
-    def _gather_all(self):
-        for unit in self.units:
-            self._unshard(unit, "full_params")
-            self._wait_for_unshard(unit)
-
-    def _keep_all(self):
-        for unit in self.units:
-            unit.shard.copy_(unit.flat[unit.own_slice])
+    def _gather_full(self, unit):
+        if unit.mixed:
             self._reshard(unit)
+            show_in_module(unit, unit.params)
+            return super()._gather_full(unit)
+        self._unshard(unit, "full_params")
+        self._wait_for_unshard(unit)
+        return unit.flat
+
+    def _take_over(self, unit, full):
+        unit.master.copy_(full[unit.own_slice])
+        unit.shard.copy_(unit.master)
+        self._let_go(unit)
+
+
+class Call:
+    """One forward of a unit, for as long as its graph is alive. left: backward has been through."""
+
+    left = False
 
 
 class Order:
@@ -214,14 +247,10 @@ class Order:
         self.last, self.now = self.now, []
 
 
-def _has_grad(x):
-    return isinstance(x, torch.Tensor) and x.requires_grad
-
-
 def _is_fragile(x, units):
     """Whether a unit may not return this tensor as it is: a view, whose hooks a later in-place
     operation would do away with, or a parameter of the unit, which is about to be resharded."""
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if x.layout != torch.strided:
         return False
     storages = {unit.flat.untyped_storage().data_ptr() for unit in units}
     return (x.requires_grad and x._is_view()) or x.untyped_storage().data_ptr() in storages

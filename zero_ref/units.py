@@ -20,11 +20,15 @@ def find_units(module, units):
         if type(m).forward is nn.Module.forward:
             raise ValueError(f"unit {name!r} is a {type(m).__name__}, which has no forward of its "
                              "own: name what is inside it instead")
-        inner = [other for other in found if other.startswith(name + ".")]
-        if inner:
-            raise ValueError(f"units overlap: {inner[0]!r} lies inside {name!r}; match only one "
-                             "of the two")
     return found
+
+
+def units_on_the_way(module, name, unit_modules):
+    """Those of `unit_modules` that contain the parameter of this name, the outermost first."""
+    way = [module]
+    for part in name.split(".")[:-1]:
+        way.append(way[-1]._modules[part])
+    return [m for m in way if m in unit_modules]
 
 
 def _default_units(module):
@@ -56,14 +60,12 @@ def _describe(units):
     return " or ".join(getattr(u, "__name__", repr(u)) for u in units)
 
 
-def check_uniform(label, names, params):
-    for what in ("dtype", "device"):
-        first = getattr(params[0], what)
-        for name, p in zip(names, params):
-            if getattr(p, what) != first:
-                raise ValueError(f"unit {label!r} mixes {what}s: {names[0]!r} is {first}, {name!r} "
-                                 f"is {getattr(p, what)}; give them one {what}, or units of their "
-                                 "own")
+def check_devices(label, names, params):
+    for name, p in zip(names, params):
+        if p.device != params[0].device:
+            raise ValueError(f"unit {label!r} mixes devices: {names[0]!r} is {params[0].device}, "
+                             f"{name!r} is {p.device}; move them to one device, or give them "
+                             "units of their own")
 
 
 def check_storages(module):

@@ -1,0 +1,95 @@
+"""Mixed precision: compute with 16 bits, update with 32.
+
+The parameters that the model computes with are rounded copies. The optimizer updates the master
+copy, in which small steps are not lost, and which the stages cut as they cut optimizer states.
+Per parameter that is 2 bytes, 2 for the gradient and 12 for fp32 Adam's states and master copy.
+
+Micikevicius et al., Mixed Precision Training, ICLR 2018; Rajbhandari et al., ZeRO, section 3.1.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import comm
+from .tree import map_tensors
+
+
+@dataclass(frozen=True)
+class MixedPrecision:
+    """What `zero_ref.wrap(mixed_precision=…)` takes.
+
+    param_dtype: parameters, activations and the inputs of the model. Buffers stay as they are.
+    reduce_dtype: gradients while they are summed over the ranks. What the optimizer gets of them
+        has the master copy's dtype, the one that the module had: 4 bytes more if this one differs.
+    keep: module classes (nn.LayerNorm, say, or a tuple of them) that compute in their own dtype:
+        their inputs are cast to it and their outputs back.
+
+    Frozen parameters have no master copy. Raises ValueError for a dtype that is not floating point.
+    """
+
+    param_dtype: torch.dtype = torch.bfloat16
+    reduce_dtype: torch.dtype = torch.float32
+    keep: type | tuple[type, ...] = ()
+
+    def __post_init__(self):
+        for name in ("param_dtype", "reduce_dtype"):
+            dtype = getattr(self, name)
+            if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+                raise ValueError(f"{name}={dtype!r}: must be a floating point dtype such as "
+                                 "torch.bfloat16")
+        kinds = self.keep if isinstance(self.keep, tuple) else (self.keep,)
+        if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds):
+            raise ValueError(f"keep={self.keep!r}: must be a module class or a tuple of them")
+
+    def of(self, p, module):
+        """The dtypes of a parameter that hangs in `module`, and of its gradient when reduced."""
+        if p.is_floating_point() and not isinstance(module, self.keep):
+            return self.param_dtype, self.reduce_dtype
+        return own_precision(p, module)
+
+    def cast_inputs(self, inputs):
+        return _cast(inputs, self.param_dtype)
+
+    def watch_kept(self, module):
+        """Cast what goes into and comes out of the modules of the classes in `keep`."""
+        hooks = []
+        for m in module.modules():
+            own = next((p.dtype for p in m.parameters(recurse=False)), None)
+            if own is not None and isinstance(m, self.keep):
+                hooks.append(m.register_forward_pre_hook(
+                    lambda m, args, kwargs, own=own: _cast((args, kwargs), own), with_kwargs=True))
+                hooks.append(m.register_forward_hook(
+                    lambda m, args, output: _cast(output, self.param_dtype)))
+        return hooks
+
+
+def own_precision(p, module):
+    """Without mixed precision a parameter and its gradient have one dtype, whatever it is."""
+    return p.dtype, p.dtype
+
+
+def _cast(values, dtype):
+    return map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, values)
+
+
+class GradScaler(torch.amp.GradScaler):
+    """torch's GradScaler, with a verdict that all ranks share: if one of them finds an inf or NaN
+    in its slice of the gradients, every rank skips the step and backs off its scale.
+
+    model: what `zero_ref.wrap` returned. The other arguments are those of torch's.
+    Source: https://docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
+    """
+
+    def __init__(self, model, **options):
+        super().__init__(model.units[0].flat.device.type, **options)
+        self._model = model
+
+    def _unscale_grads_(self, optimizer, *args):
+        found = super()._unscale_grads_(optimizer, *args)
+        model, device = self._model, self._model.units[0].flat.device
+        by_rank = torch.zeros(model.world_size, device=device)
+        by_rank[model.rank] = sum(flag.to(device) for flag in found.values())
+        comm.all_reduce(by_rank, model.group, unit="found_inf", phase="unscale").wait()
+        return {device: by_rank.sum().clamp(max=1.0)}
