@@ -7,6 +7,7 @@ from itertools import zip_longest
 
 import torch.distributed as dist
 
+from . import check as checking
 from . import comm, memory
 from .launch import RankError, init, launch
 from .partition import partition
@@ -25,7 +26,7 @@ _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
 
 
 def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
-         reshard_after_forward=True, overlap=True):
+         reshard_after_forward=True, overlap=True, check=False):
     """Train `module` in data parallel at ZeRO stage 0, 1, 2 or 3. Called on every rank.
 
     units: which submodules are gathered, reduced and freed together: a module class, a tuple of
@@ -38,7 +39,11 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
     overlap: whether the module goes on computing while gradients are reduced and, at stage 3, while
         the next unit's parameters are gathered. The result has the same bits.
 
-    Rank 0's initial values are broadcast. Build the optimizer from `model.parameters()`. From stage
+    check: before every collective, compare what each rank is about to do, and say who is where if
+        they differ. ZERO_REF_CHECK=1 in the environment does the same.
+
+    Rank 0's initial values are broadcast. A module on the meta device gets its memory unit by unit,
+    and its values from reset_parameters() and _init_weights(module). Build the optimizer from `model.parameters()`. From stage
     1 on these are 1-D pieces: sort them into groups by name, not by shape; clip with
     `model.clip_grad_norm_`; write values inside `model.full_params()`. A parameter that no rank
     uses gets no gradient; one that some ranks use counts as zero on the others. After zero_grad()
@@ -58,9 +63,12 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
         problem = error
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
-    _agree((stage, reshard_after_forward, mixed_precision), module, parts, problem, group)
-    only_stage_3 = {"reshard_after_forward": reshard_after_forward} if stage == 3 else {}
-    return _STAGES[stage](module, parts, group, overlap, mixed_precision, **only_stage_3)
+    checked = bool(check) or checking.wanted()
+    _agree((stage, reshard_after_forward, mixed_precision, checked), module, parts, problem, group)
+    options = {"overlap": overlap, "mixed_precision": mixed_precision, "checked": checked}
+    if stage == 3:
+        options["reshard_after_forward"] = reshard_after_forward
+    return _STAGES[stage](module, parts, group, **options)
 
 
 def _plan(module, stage, units, mixed_precision, group):
@@ -78,7 +86,7 @@ def _plan(module, stage, units, mixed_precision, group):
 
 def _agree(options, module, parts, problem, group):
     """Raise the same ValueError on every rank unless all of them plan to do the same."""
-    plan = [("stage, reshard_after_forward, mixed_precision =", *options)]
+    plan = [("stage, reshard_after_forward, mixed_precision, check =", *options)]
     for unit in parts or []:
         plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]

@@ -24,6 +24,8 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
+from . import failure
+
 _GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
 _pools: dict[tuple[int, str], "_Pool"] = {}
 _one_at_a_time = threading.Lock()
@@ -264,6 +266,7 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
             send("done", result)
         except BaseException as error:
             output.close_line()
+            failure.annotate(error)
             trace = "".join(traceback.format_exception(error))
             send("failed", _Failure(time.monotonic(), type(error).__name__, str(error), trace))
 

@@ -1,9 +1,11 @@
 """What a stage has to know about the optimizer: when it steps, and whether it may."""
 
+import sys
 import weakref
 
 import torch
 from torch import optim
+from torch.amp import GradScaler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
@@ -27,6 +29,7 @@ def watch(model):
             _refuse_unreduced(optimizer, units)
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
+            _refuse_scaler_of_one_rank(ref())
 
     def after(optimizer, args, kwargs):
         units = _units_in(ref(), optimizer)
@@ -73,3 +76,16 @@ def _refuse_not_elementwise(model, optimizer):
             f"{type(optimizer).__name__} is not known to update every element on its own, so on "
             f"the slices of stage {model.stage} it may compute something else than on whole "
             f"parameters; use stage 0, or one of {known}")
+
+
+def _refuse_scaler_of_one_rank(model):
+    """torch's own GradScaler looks for inf in this rank's slice alone, and so would skip the step
+    on some ranks only. Who calls the optimizer can only be seen on the stack."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is GradScaler.step.__code__ and type(frame.f_locals["self"]) is GradScaler:
+            raise RuntimeError(
+                f"torch.amp.GradScaler sees only this rank's slice of the gradients at stage "
+                f"{model.stage}; use zero_ref.GradScaler(model) instead, which takes the same "
+                "arguments otherwise")
+        frame = frame.f_back

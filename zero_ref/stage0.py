@@ -21,12 +21,13 @@ Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Traini
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import clip, comm, optim
+from . import check, clip, comm, failure, meta, optim
 from .tree import tensors_in
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
@@ -37,21 +38,26 @@ class Stage0(nn.Module):
 
     stage = 0
 
-    def __init__(self, module, units, group, overlap=True, mixed_precision=None):
+    def __init__(self, module, units, group, overlap=True, mixed_precision=None, checked=False):
         super().__init__()
         self.module, self.units = module, units
         self.group, self.overlap, self.mixed_precision = group, overlap, mixed_precision
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._in_full_params = False
+        self._checker = check.checker(group) if checked else None
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
 
-        for unit in units:
-            unit.flatten()
-            comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
-            full = unit.round_flat()
-            unit.master = self._make_master(unit, unit.flat if unit.frozen else full)
-            unit.owned = [nn.Parameter(view, requires_grad=not unit.frozen)
-                          for view in self._owned_views(unit, unit.master)]
+        meta.give_memory_to_buffers(module, group)
+        for _, units_of_one in groupby(units, key=lambda unit: unit.module):
+            units_of_one = list(units_of_one)
+            meta.flatten(units_of_one, module, group)
+            for unit in units_of_one:
+                comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
+                full = unit.round_flat()
+                unit.master = self._make_master(unit, unit.flat if unit.frozen else full)
+                unit.owned = [nn.Parameter(view, requires_grad=not unit.frozen)
+                              for view in self._owned_views(unit, unit.master)]
+                del full  # nobody else holds it: with mixed precision, or at stage 3
         self._broadcast_buffers("init")
 
         self.trainable = [unit for unit in units if not unit.frozen]
@@ -66,6 +72,7 @@ class Stage0(nn.Module):
         hooks = self._register_hooks()
         members = weakref.WeakSet(module.modules())
         wrapped.update(members)
+        failure.models.add(self)
         weakref.finalize(self, _unwrap, hooks, members).atexit = False
 
     def _register_hooks(self):
@@ -319,6 +326,11 @@ class Stage0(nn.Module):
     def _apply(self, fn, recurse=True):
         raise RuntimeError("a wrapped model cannot be moved or cast: its flat buffers would stay "
                            "behind; call .to(...) on the module before zero_ref.wrap")
+
+    def __getstate__(self):
+        raise RuntimeError("a wrapped model cannot be copied or pickled, because it belongs to a "
+                           "process group: copy `model.module` inside `with model.full_params():`, "
+                           "or save model.state_dict()")
 
     def _weak_hook(self, method, *args):
         """A hook that calls self.method(*args, …) and does not keep the model alive."""

@@ -40,10 +40,9 @@ from .tree import map_tensors, tensors_in
 class Stage3(Stage2):
     stage = 3
 
-    def __init__(self, module, units, group, overlap=True, mixed_precision=None,
-                 reshard_after_forward=True):
+    def __init__(self, *args, reshard_after_forward=True, **options):
         self.reshard_after_forward = reshard_after_forward
-        super().__init__(module, units, group, overlap, mixed_precision)
+        super().__init__(*args, **options)
 
     def _register_hooks(self):
         hooks = super()._register_hooks()

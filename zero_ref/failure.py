@@ -1,0 +1,36 @@
+"""Where in a model an exception came up: a traceback shows the line, and not which unit it is."""
+
+import weakref
+
+from torch import nn
+
+models = weakref.WeakSet()  # every wrapped model of this process
+
+
+def annotate(error):
+    """Add the unit and the phase to an exception that came out of a model's forward or backward."""
+    for model in models:
+        place = _in_forward(model, error.__traceback__) or _in_backward(model)
+        if place:
+            error.add_note(f"This was in the {place[0]} of unit {place[1]!r}, at stage "
+                           f"{model.stage}, on rank {model.rank}.")
+
+
+def _in_forward(model, traceback):
+    names = {unit.module: unit.name for unit in reversed(model.units)}
+    found = None
+    while traceback is not None:  # from the outermost frame to where it was raised
+        owner = traceback.tb_frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and owner in names:
+            found = "forward", names[owner]
+        traceback = traceback.tb_next
+    return found
+
+
+def _in_backward(model):
+    """The unit that backward had come to: gradients of those after it are there already."""
+    if model._in_backward:
+        entered = [unit for unit in model.units if unit.in_backward]
+        waiting = entered or model._queue[-1:]
+        return "backward", (waiting or model.units[:1])[-1].name
+    return None
