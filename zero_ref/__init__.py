@@ -38,16 +38,17 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
         forward and backward: 2Ψ instead of 3Ψ elements sent, for the memory of the whole model.
     overlap: whether the module goes on computing while gradients are reduced and, at stage 3, while
         the next unit's parameters are gathered. The result has the same bits.
-
     check: before every collective, compare what each rank is about to do, and say who is where if
         they differ. ZERO_REF_CHECK=1 in the environment does the same.
 
     Rank 0's initial values are broadcast. A module on the meta device gets its memory unit by unit,
-    and its values from reset_parameters() and _init_weights(module). Build the optimizer from `model.parameters()`. From stage
-    1 on these are 1-D pieces: sort them into groups by name, not by shape; clip with
-    `model.clip_grad_norm_`; write values inside `model.full_params()`. A parameter that no rank
-    uses gets no gradient; one that some ranks use counts as zero on the others. After zero_grad()
-    the next backward writes its gradients into the same memory: clone what is to be kept.
+    and its values from reset_parameters() and _init_weights(module).
+
+    Build the optimizer from `model.parameters()`. From stage 1 on these are 1-D pieces: sort them
+    into groups by name, not by shape; clip with `model.clip_grad_norm_`; write values inside
+    `model.full_params()`. A parameter that no rank uses gets no gradient; one that some ranks use
+    counts as zero on the others. After zero_grad() the next backward writes its gradients into the
+    same memory: clone what is to be kept.
 
     Returns a Stage0, Stage1, Stage2 or Stage3. Raises ValueError for an argument or a module that
     does not fit, also if it differs between the ranks, and RuntimeError without a process group.

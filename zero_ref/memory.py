@@ -5,7 +5,8 @@ from torch import nn
 
 
 def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
-                 grad_dtype=torch.float32, optimizer_dtypes=(torch.float32, torch.float32)):
+                 grad_dtype=torch.float32, optimizer_dtypes=(torch.float32, torch.float32),
+                 mixed_precision=None):
     """What one rank keeps between steps, in bytes, as the paper computes it.
 
     numel: the number of parameters Ψ, or a list with that of each unit: every unit is padded to a
@@ -13,6 +14,10 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
         element; the default is fp32 Adam (exp_avg, exp_avg_sq). The paper's mixed-precision Adam is
         param_dtype=grad_dtype=torch.float16 and three fp32 states (master copy, exp_avg,
         exp_avg_sq): K = 12. Optimizer states have no padding, so they may depend on `rank`.
+    mixed_precision: a zero_ref.MixedPrecision, in place of these two dtypes: what this package
+        keeps for a module in fp32 that is wrapped with it. The master copy counts as an optimizer
+        state, with padding. The optimizer wants gradients in fp32 too, so there are those of what
+        the rank owns beside the reduced ones, unless reduce_dtype is fp32 already.
 
     Returns {"parameters": …, "gradients": …, "optimizer": …}.
     Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5 and figure 1.
@@ -25,12 +30,19 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
     slices = [-(-n // world_size) for n in sizes]
     padded = sum(slices) * world_size
     owned = sum(min(max(n - rank * s, 0), s) for n, s in zip(sizes, slices))
-    return {
+    if mixed_precision is not None:
+        param_dtype, grad_dtype = mixed_precision.param_dtype, mixed_precision.reduce_dtype
+    kept = {
         "parameters": (sum(slices) if stage >= 3 else padded) * param_dtype.itemsize,
         "gradients": (sum(slices) if stage >= 2 else padded) * grad_dtype.itemsize,
         "optimizer": (owned if stage >= 1 else sum(sizes))
         * sum(dtype.itemsize for dtype in optimizer_dtypes),
     }
+    of_owner = (sum(slices) if stage >= 1 else padded) * torch.float32.itemsize
+    if param_dtype != torch.float32 and mixed_precision is not None:
+        kept["optimizer"] += of_owner  # the master copy
+        kept["gradients"] += of_owner if grad_dtype != torch.float32 else 0
+    return kept
 
 
 def resident(model, optimizer=None):
@@ -39,10 +51,13 @@ def resident(model, optimizer=None):
     model: what `zero_ref.wrap` returned, or any nn.Module. A wrapped model keeps the memory of its
     gradients from its first backward on, also after zero_grad(). What the optimizer keeps once per
     tensor (its step count, say) and not per element is left out, as are buffers and activations.
+    With mixed precision the master copy counts as an optimizer state.
     """
-    params, grads = [*model.parameters(), *nn.Module.parameters(model)], []
-    for unit in getattr(model, "units", []):
-        params += [unit.flat, unit.shard, *unit.params, *([] if unit.mixed else unit.owned)]
+    units = getattr(model, "units", [])
+    masters = [unit.master for unit in units if unit.mixed]
+    params, grads = list(nn.Module.parameters(model)), [p.grad for p in model.parameters()]
+    for unit in units:
+        params += [unit.flat, unit.shard, *unit.params]
         grads += [unit.grad, *unit.kept_grads.values()]
     in_flight = getattr(model, "_in_flight", None)
     if in_flight:
@@ -51,7 +66,8 @@ def resident(model, optimizer=None):
     states = [value for p, state in (optimizer.state.items() if optimizer else ())
               for key, value in state.items()
               if key != "step" and getattr(value, "shape", None) == p.shape]
-    return {"parameters": _bytes(params), "gradients": _bytes(grads), "optimizer": _bytes(states)}
+    return {"parameters": _bytes(params), "gradients": _bytes(grads),
+            "optimizer": _bytes(states + masters)}
 
 
 def _bytes(tensors):
