@@ -2,6 +2,22 @@
 
 import torch
 
+_NORMS = (torch._foreach_norm, torch.linalg.vector_norm, torch.norm, torch.Tensor.norm)
+
+
+class GradSlice(torch.Tensor):
+    """This rank's slice of a gradient: a tensor like any other, but for its norm, which is not the
+    gradient's. torch.nn.utils.clip_grad_norm_ would scale by it, differently on every rank."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in _NORMS:
+            raise RuntimeError("this is the gradient's slice of one rank, whose norm is not the "
+                               "gradient's; use model.clip_grad_norm_(max_norm), which returns the "
+                               "global norm and clips by it (math.inf: does not clip)")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
 
 def clip_grad_norm_(model, max_norm, norm_type):
     """See Stage0.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
@@ -13,7 +29,8 @@ def clip_grad_norm_(model, max_norm, norm_type):
     norms = torch.zeros(len(owned), model.world_size, dtype=dtype, device=masters[0].device)
     for row, (unit, index, p) in zip(norms, owned):
         if p.grad is not None:
-            for rank, part in model._owned_slices(unit, index, p.grad).items():
+            whole = p.grad.as_subclass(torch.Tensor)
+            for rank, part in model._owned_slices(unit, index, whole).items():
                 if part.numel():
                     row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=dtype)
     model._share_norms(norms)

@@ -1,7 +1,6 @@
 """Bytes of parameters, gradients and optimizer states per rank: by formula, and as measured."""
 
 import torch
-from torch import nn
 
 
 def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
@@ -55,7 +54,8 @@ def resident(model, optimizer=None):
     """
     units = getattr(model, "units", [])
     masters = [unit.master for unit in units if unit.mixed]
-    params, grads = list(nn.Module.parameters(model)), [p.grad for p in model.parameters()]
+    params = [] if units else list(model.parameters())
+    grads = [p.grad for p in model.parameters()]
     for unit in units:
         params += [unit.flat, unit.shard, *unit.params]
         grads += [unit.grad, *unit.kept_grads.values()]

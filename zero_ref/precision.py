@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import comm
-from .tree import map_tensors
+from .tree import map_tensors, tensors_in
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,15 @@ class MixedPrecision:
     reduce_dtype: gradients while they are summed over the ranks. What the optimizer gets of them
         has the master copy's dtype, the one that the module had: 4 bytes more if this one differs.
     keep: module classes (nn.LayerNorm, say, or a tuple of them) that compute in their own dtype:
-        their inputs are cast to it and their outputs back.
+        their inputs are cast to it and their outputs back. By default BatchNorm, which torch does
+        not compute with fp32 statistics and 16-bit weights.
 
     Frozen parameters have no master copy. Raises ValueError for a dtype that is not floating point.
     """
 
     param_dtype: torch.dtype = torch.bfloat16
     reduce_dtype: torch.dtype = torch.float32
-    keep: type | tuple[type, ...] = ()
+    keep: type | tuple[type, ...] = nn.modules.batchnorm._BatchNorm
 
     def __post_init__(self):
         for name in ("param_dtype", "reduce_dtype"):
@@ -58,11 +59,23 @@ class MixedPrecision:
         for m in module.modules():
             own = next((p.dtype for p in m.parameters(recurse=False)), None)
             if own is not None and isinstance(m, self.keep):
-                hooks.append(m.register_forward_pre_hook(
-                    lambda m, args, kwargs, own=own: _cast((args, kwargs), own), with_kwargs=True))
-                hooks.append(m.register_forward_hook(
-                    lambda m, args, output: _cast(output, self.param_dtype)))
+                hooks += _compute_in(m, own)
         return hooks
+
+
+def _compute_in(module, dtype):
+    came_in = [dtype]
+
+    def before(_, args, kwargs):
+        floating = [x.dtype for x in tensors_in((args, kwargs)) if x.is_floating_point()]
+        came_in[:] = floating[:1] or [dtype]
+        return _cast((args, kwargs), dtype)
+
+    def after(_, args, output):
+        return _cast(output, came_in[0])
+
+    return [module.register_forward_pre_hook(before, with_kwargs=True),
+            module.register_forward_hook(after)]
 
 
 def own_precision(p, module):

@@ -192,8 +192,15 @@ class Stage0(nn.Module):
         for index, grad in enumerate(self._owned_views(unit, reduced)):
             p = unit.owned[index]
             if p.requires_grad and not unit.left_alone(index, grad):
-                p.grad = grad if p.grad is None else p.grad.add_(grad)
+                if p.grad is None:
+                    p.grad = self._as_grad(grad)
+                else:
+                    p.grad.add_(grad)
         unit.gaps.clear()
+
+    def _as_grad(self, grad):
+        """What the optimizer finds in p.grad."""
+        return grad
 
     def _finish_backward(self):
         """Reduce what is left (units with unused parameters, for instance), then tidy up."""

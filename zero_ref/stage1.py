@@ -16,7 +16,7 @@ Together 2Ψ·(N-1)/N, as at stage 0: the all-gather has moved from gradients to
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1.
 """
 
-from . import comm
+from . import clip, comm
 from .stage0 import Stage0
 
 
@@ -30,6 +30,11 @@ class Stage1(Stage0):
         handle = comm.reduce_scatter(reduced, unit.grad, self.group,
                                      unit=unit.name, phase="backward", divide_by=self.world_size)
         return reduced, handle
+
+    # ---- Phase 3: hand over ----------------------------------------------------------------------
+
+    def _as_grad(self, grad):
+        return grad.as_subclass(clip.GradSlice)  # whose norm is not to be taken for the gradient's
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 

@@ -153,6 +153,9 @@ class Stage3(Stage2):
 
     def _pre_backward(self, submodule, call, grad):
         """Runs when autograd has the gradient of one of the unit's outputs, and needs the rest."""
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph=True does not work at stage 3: the graph of a gradient "
+                               "uses parameters after their unit was resharded; use stage 2")
         self._begin_backward()
         units = self._units_of[submodule]
         if call.left and call not in self._left_now:  # a graph that is differentiated once more

@@ -1,0 +1,414 @@
+"""Training loops that work with torch DDP work at every stage, with the same result."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import toy
+from torch import nn
+from torch.optim import lr_scheduler
+
+import zero_ref
+
+STAGES = (0, 1, 2, 3)
+PLAIN = {"norm": False}
+
+
+def compare_with_ddp(loop, world_size=2, bits=True, toy_options=PLAIN):
+    """`loop(model, step)` trains; `step(i, model)` is one micro-batch's loss. All stages end with
+    the same weights on all ranks, and close to what torch DDP makes of the same loop."""
+    def run(stage):
+        rank = dist.get_rank()
+        module = toy.build(rank, **toy_options)
+        model = (nn.parallel.DistributedDataParallel(module) if stage == "ddp"
+                 else zero_ref.wrap(module, stage))
+
+        def loss(i):
+            x, y = toy.batch(i, rank)
+            return F.cross_entropy(model(x), y)
+
+        extra = loop(model, loss)
+        return (module if stage == "ddp" else model).state_dict(), extra
+
+    by_rank = toy.ranks(lambda: [run(stage) for stage in ("ddp", *STAGES)], world_size)
+    for (ddp, ddp_extra), *stages in by_rank:
+        for weights, extra in stages:
+            assert toy.close(weights, ddp)
+            assert not bits or toy.equal(weights, by_rank[0][1][0])
+            assert extra == ddp_extra
+    return by_rank[0][1:]
+
+
+def original_names(model):
+    """(name, parameter), without DDP's prefix."""
+    return [(name.removeprefix("module."), p) for name, p in model.named_parameters()
+            if p.requires_grad]
+
+
+def no_decay(model):
+    """Two groups by name, an empty one, and one whose parameters are all frozen."""
+    named = original_names(model)
+    return [
+        {"params": [p for n, p in named if "bias" not in n], "weight_decay": 0.1, "lr": 0.05},
+        {"params": [], "lr": 1.0},
+        {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0, "lr": 0.2},
+    ]
+
+
+def train(model, loss, opt, scheduler=None, steps=4):
+    for i in range(steps):
+        loss(i).backward()
+        opt.step()
+        if scheduler:
+            scheduler.step()
+        opt.zero_grad()
+    return [group["lr"] for group in opt.param_groups]
+
+
+# ---- groups, schedulers, optimizers --------------------------------------------------------------
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda opt: lr_scheduler.LambdaLR(
+        opt, [lambda i: 1 / (1 + i), lambda i: 1.0, lambda i: 0.5**i]),
+    "OneCycle": lambda opt: lr_scheduler.OneCycleLR(opt, max_lr=[0.1, 0.2, 0.3], total_steps=6),
+    "warm-up, then cosine": lambda opt: lr_scheduler.SequentialLR(opt, [
+        lr_scheduler.LinearLR(opt, 0.1, total_iters=2),
+        lr_scheduler.CosineAnnealingLR(opt, T_max=4)], milestones=[2]),
+}
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_groups_and_schedulers(scheduler):
+    def loop(model, loss):
+        opt = torch.optim.SGD(no_decay(model), momentum=0.9)
+        lrs = train(model, loss, opt, SCHEDULERS[scheduler](opt))
+        assert len(opt.param_groups) == 3 and not opt.param_groups[1]["params"]
+        return lrs
+
+    compare_with_ddp(loop, 3)
+
+
+def test_a_group_that_comes_later_and_an_lr_changed_by_hand():
+    def loop(model, loss):
+        named = original_names(model)
+        opt = torch.optim.SGD([p for n, p in named if "blocks" in n], lr=0.1, momentum=0.9)
+        train(model, loss, opt, steps=2)
+        model.zero_grad()  # what was not in the optimizer yet
+        opt.add_param_group({"params": [p for n, p in named if "blocks" not in n], "lr": 0.01})
+        opt.param_groups[0]["lr"] = 0.02
+        return train(model, loss, opt, steps=2)
+
+    compare_with_ddp(loop)
+
+
+ELEMENTWISE = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "Adam": {"lr": 0.01, "amsgrad": True}, "AdamW": {"lr": 0.01}, "NAdam": {"lr": 0.01},
+    "RAdam": {"lr": 0.01}, "Adamax": {"lr": 0.01}, "Adagrad": {"lr": 0.01},
+    "Adadelta": {"lr": 1.0}, "RMSprop": {"lr": 0.01, "momentum": 0.9, "centered": True},
+    "Rprop": {"lr": 0.01}, "ASGD": {"lr": 0.01},
+}
+
+
+def with_optimizer(stage, name, options, steps=3):
+    module = toy.build(dist.get_rank(), **PLAIN)
+    model = zero_ref.wrap(module, stage)
+    opt = getattr(torch.optim, name)(model.parameters(), **options)
+    for i in range(steps):
+        x, y = toy.batch(i, dist.get_rank())
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    steps_counted = {int(s["step"]) for s in opt.state.values() if "step" in s}
+    return model.state_dict(), steps_counted
+
+
+def one_process(name, options, world_size, steps=3):
+    module = toy.build(**PLAIN)
+    opt = getattr(torch.optim, name)(module.parameters(), **options)
+    for i in range(steps):
+        for rank in range(world_size):
+            x, y = toy.batch(i, rank)
+            (F.cross_entropy(module(x), y) / world_size).backward()
+        opt.step()
+        opt.zero_grad()
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_optimizers(name, foreach):
+    options = {**ELEMENTWISE[name], "foreach": foreach}
+    by_rank = toy.ranks(lambda: [with_optimizer(s, name, options) for s in STAGES], 3)
+    reference = by_rank[0][0][0]
+    alone = one_process(name, options, 3)
+    for runs in by_rank:
+        for weights, counted in runs:
+            assert toy.equal(weights, reference)
+            assert counted <= {3}  # once per step
+    assert all(torch.allclose(reference[k], alone[k], rtol=1e-3, atol=1e-3) for k in alone)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
+def test_fused_optimizers_agree_within_rounding(name):
+    options = {"lr": 0.01, "fused": True}
+    runs = toy.ranks(lambda: [with_optimizer(s, name, options) for s in STAGES], 3)[0]
+    plain = toy.ranks(with_optimizer, 3, 0, name, {"lr": 0.01})[0][0]
+    for weights, _ in runs:
+        assert all(torch.allclose(weights[k], plain[k], rtol=1e-4, atol=1e-5) for k in plain)
+
+
+def test_closures():
+    def loop(model, loss):
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        values = []
+        for i in range(3):
+            def closure(i=i):
+                opt.zero_grad()
+                value = loss(i)
+                value.backward()
+                return value
+            values.append(round(opt.step(closure).item(), 4))
+        return values
+
+    compare_with_ddp(loop)
+
+
+# ---- accumulation and clipping -------------------------------------------------------------------
+
+
+def accumulate(how, micro=3):
+    """One optimizer step per `micro` micro-batches."""
+    def loop(model, loss):
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(2):
+            for part in range(micro):
+                i, last = step * micro + part, part == micro - 1
+                if last or how == "every backward reduces":
+                    (loss(i) / micro).backward()
+                else:
+                    with model.no_sync():
+                        (loss(i) / micro).backward()
+            opt.step()
+            opt.zero_grad()
+
+    return loop
+
+
+@pytest.mark.parametrize("how", ["every backward reduces", "no_sync"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_accumulation(how, world_size):
+    (weights, _), *_ = compare_with_ddp(accumulate(how), world_size)
+    module = toy.build(**PLAIN)  # the big batch, on one process
+    opt = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    for step in range(2):
+        parts = [toy.batch(3 * step + part, r) for part in range(3) for r in range(world_size)]
+        x, y = (torch.cat(both) for both in zip(*parts))
+        F.cross_entropy(module(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+    assert toy.close(weights, module.state_dict())
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+@pytest.mark.parametrize("sync_all", [True, False])
+def test_collectives_per_step(micro, sync_all):
+    """In units of Ψ·(N-1)/N elements: 2G, G+1, G+1, 3G; with no_sync those of one micro-batch, but
+    for stage 3, which has to gather for every micro-batch."""
+    plain = {**PLAIN, "frozen": False}
+    runs = toy.ranks(toy.run_stages, 3, STAGES, "sgd", 2, micro, sync_all=sync_all, toy=plain)[0]
+    reduces = micro if sync_all else 1
+    expected = {0: 2 * reduces, 1: reduces + 1, 2: reduces + 1, 3: 2 * micro + reduces}
+    for stage, run in zip(STAGES, runs):
+        padded = sum(-(-n // 3) * 3 for n in run["sizes"])
+        assert run["wire_bytes"] == expected[stage] * 4 * padded * 2 // 3
+
+
+def test_no_sync_entered_before_forward_counts_for_backward():
+    """As with DDP the forward may lie inside or outside: what counts is where backward runs."""
+    def run(stage):
+        model = zero_ref.wrap(toy.build(**PLAIN), stage)
+        x, y = toy.batch(0, dist.get_rank())
+        with model.no_sync():
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        inside = [p.grad is not None for p in model.parameters()]
+        model.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        with model.no_sync():
+            loss.backward()
+        return any(inside), any(p.grad is not None for p in model.parameters())
+
+    for reduced, kept_back in toy.ranks(lambda: [run(s) for s in STAGES], 2)[0]:
+        assert reduced and not kept_back
+
+
+@pytest.mark.parametrize("norm_type", [1, 2, 3, float("inf")])
+def test_clipping_while_accumulating(norm_type):
+    for sync_all in (True, False):
+        by_rank = toy.ranks(toy.run_stages, 3, STAGES, "sgd", 2, 2, (0.1, norm_type), sync_all)
+        reference = by_rank[0][0]
+        assert reference["norms"][0] > 0.1
+        for runs in by_rank:
+            for run in runs:
+                assert all(torch.equal(a, b) for a, b in zip(run["norms"], reference["norms"]))
+                assert toy.equal(run["weights"], reference["weights"], ("norm.",))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_torchs_own_clipping_of_slices_is_refused(stage):
+    def clip():
+        model = zero_ref.wrap(toy.build(**PLAIN), stage)
+        model(toy.batch(0, 0)[0]).sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    with pytest.raises(zero_ref.RankError, match=r"use model.clip_grad_norm_\(max_norm\)"):
+        toy.ranks(clip, 2)
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(set_to_none):
+    def loop(model, loss):
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for i in range(3):
+            loss(2 * i).backward()
+            loss(2 * i + 1).backward()  # twice before a step
+            opt.step()
+            (model if i else opt).zero_grad(set_to_none=set_to_none)
+
+    compare_with_ddp(loop)
+
+
+def test_inference_between_steps():
+    def loop(model, loss):
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for i in range(3):
+            loss(i).backward()
+            model.eval()
+            with torch.no_grad():
+                loss(100 + i)
+            with torch.inference_mode():
+                loss(200 + i)
+            model.train()
+            opt.step()
+            opt.zero_grad()
+            loss(300 + i)  # with a graph, and never a backward
+
+    compare_with_ddp(loop)
+
+
+def twice_through_a_graph(stage):
+    """retain_graph, which torch DDP does not reduce for the second time."""
+    module = toy.build(**PLAIN)
+    model = zero_ref.wrap(module, stage) if stage is not None else module
+    ranks = (0, 1) if stage is None else (dist.get_rank(),)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for i in range(2):
+        for rank in ranks:
+            x, y = toy.batch(i, rank)
+            value = F.cross_entropy(model(x), y) / len(ranks)
+            (value * 0.5).backward(retain_graph=True)
+            (value * 0.25).backward()
+        opt.step()
+        opt.zero_grad()
+    return model.state_dict()
+
+
+def test_twice_through_a_graph():
+    stages = toy.ranks(lambda: [twice_through_a_graph(stage) for stage in STAGES], 2)[0]
+    assert all(toy.equal(weights, stages[0]) for weights in stages)
+    assert toy.close(stages[0], twice_through_a_graph(None))
+
+
+def penalised(stage):
+    """The gradient with respect to the input is part of the loss."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    model = (nn.parallel.DistributedDataParallel(module) if stage == "ddp"
+             else zero_ref.wrap(module, stage))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    for i in range(2):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
+        out = model(x.requires_grad_())
+        slope, = torch.autograd.grad(out.sum(), x, create_graph=True)
+        (out.square().mean() + slope.square().sum()).backward()
+        opt.step()
+        opt.zero_grad()
+    return (module if stage == "ddp" else model).state_dict()
+
+
+def test_a_gradient_penalty():
+    stages = toy.ranks(lambda: [penalised(stage) for stage in (0, 1, 2)], 2)[0]
+    assert all(toy.equal(weights, stages[0]) for weights in stages)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    opt = torch.optim.SGD(module.parameters(), lr=0.1)
+    for i in range(2):
+        for rank in range(2):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * i + rank))
+            out = module(x.requires_grad_())
+            slope, = torch.autograd.grad(out.sum(), x, create_graph=True)
+            ((out.square().mean() + slope.square().sum()) / 2).backward()
+        opt.step()
+        opt.zero_grad()
+    assert toy.close(stages[0], module.state_dict())
+
+
+def test_a_gradient_penalty_at_stage_3_is_refused():
+    with pytest.raises(zero_ref.RankError, match="create_graph=True does not work at stage 3"):
+        toy.ranks(penalised, 2, 3)
+
+
+def test_create_graph_in_backward_is_refused():
+    def run(stage):
+        model = zero_ref.wrap(toy.build(**PLAIN), stage)
+        with pytest.raises(RuntimeError, match="create_graph=True"):
+            model(toy.batch(0, 0)[0]).sum().backward(create_graph=True)
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
+def test_sparse_gradients_are_refused():
+    def run(stage):
+        model = zero_ref.wrap(nn.Sequential(nn.Embedding(5, 3, sparse=True)), stage)
+        with pytest.raises(RuntimeError, match=r"the gradient of '0\.weight' is sparse"):
+            model(torch.tensor([1])).sum().backward()
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
+# ---- two models ----------------------------------------------------------------------------------
+
+
+def adversaries(stage):
+    """Two models whose losses run through each other, with an optimizer each."""
+    torch.manual_seed(0)
+    modules = [nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)),
+               nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))]
+    if stage == "one process":
+        (maker, critic), ranks = modules, (0, 1)
+    else:
+        (maker, critic), ranks = [zero_ref.wrap(m, stage) for m in modules], (dist.get_rank(),)
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9) for m in (maker, critic)]
+    for i in range(3):
+        for which, sign in ((1, 1.0), (0, -1.0)):
+            for r in ranks:
+                x = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * i + r))
+                made = maker(x) if which == 0 else maker(x).detach()
+                value = sign * (critic(made) - critic(x)).tanh().mean()
+                (value / len(ranks)).backward()
+            opts[which].step()
+            maker.zero_grad()
+            critic.zero_grad()
+    return [m.state_dict() for m in (maker, critic)]
+
+
+def test_two_models():
+    stages = toy.ranks(lambda: [adversaries(stage) for stage in STAGES], 2)[0]
+    for ours, alone in zip(zip(*stages), adversaries("one process")):
+        assert all(toy.equal(weights, ours[0]) for weights in ours)
+        assert toy.close(ours[0], dict(alone))
