@@ -29,8 +29,11 @@ def flatten(units, module, group):
         if unit in on_meta:
             unit.flat = torch.zeros(unit.padded_numel, dtype=unit.params[0].dtype,
                                     device=_device(group))
-            unit.params = [nn.Parameter(_without_values(view), p.requires_grad)
-                           for p, view in zip(unit.params, unit.full_views(unit.flat))]
+            # Empty at first: made from a view, a parameter would share the version counter with the
+            # flat buffer, and autograd would take a gather for a change of the parameter.
+            unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad)
+                           for p in unit.params]
+            unit.point_to(_without_values(unit.flat))
             show_in_module(unit, unit.params)
             unit.shard = unit.flat[unit.own_slice]
         else:

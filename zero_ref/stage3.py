@@ -53,11 +53,14 @@ class Stage3(Stage2):
         self._left_now = set()  # those that this backward has been through
         for unit in self.units:
             self._units_of[unit.module].append(unit)
+        # torch.compile may compile the units, but not what gathers their parameters.
+        before = torch.compiler.disable(self._weak_hook("_pre_forward"))
+        after = torch.compiler.disable(self._weak_hook("_post_forward"))
         for submodule in self._units_of.keys() - {self.module}:  # the root's turn is in forward()
             # First, before a hook of the user's may want to see the parameters.
-            hooks.append(submodule.register_forward_pre_hook(
-                self._weak_hook("_pre_forward"), prepend=True, with_kwargs=True))
-            hooks.append(submodule.register_forward_hook(self._weak_hook("_post_forward")))
+            hooks.append(submodule.register_forward_pre_hook(before, prepend=True,
+                                                             with_kwargs=True))
+            hooks.append(submodule.register_forward_hook(after))
         return hooks
 
     # ---- unshard and reshard ---------------------------------------------------------------------
@@ -142,6 +145,7 @@ class Stage3(Stage2):
             return output
         output = map_tensors(lambda x: x.clone() if _is_fragile(x, units) else x, output)
         if torch.is_grad_enabled():
+            self._refuse_opaque(units[0], output)
             self._on_grad_of(output, "_pre_backward", submodule, self._open_calls.pop())
         for unit in units:
             recomputing = unit.in_backward  # activation checkpointing runs forward again
@@ -149,12 +153,19 @@ class Stage3(Stage2):
                 self._reshard(unit)
         return output
 
+    def _refuse_opaque(self, unit, output):
+        if output is not None and not isinstance(output, torch.Tensor) and not tensors_in(output):
+            raise RuntimeError(
+                f"unit {unit.name!r} returned {type(output).__name__}, in which no tensor was "
+                "found: stage 3 has to notice when backward comes back, so a unit returns tensors, "
+                "or tuples, lists, dicts or dataclasses of them")
+
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
     def _pre_backward(self, submodule, call, grad):
         """Runs when autograd has the gradient of one of the unit's outputs, and needs the rest."""
         if torch.is_grad_enabled():
-            raise RuntimeError("create_graph=True does not work at stage 3: the graph of a gradient "
+            raise RuntimeError("create_graph=True does not work at stage 3: a gradient's own graph "
                                "uses parameters after their unit was resharded; use stage 2")
         self._begin_backward()
         units = self._units_of[submodule]

@@ -1,0 +1,464 @@
+"""Models that work with torch DDP work at every stage, with the same result."""
+
+import dataclasses
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+import toy
+from torch import nn
+from torch.optim import optimizer
+
+import zero_ref
+
+STAGES = (0, 1, 2, 3)
+WIDTH = 6
+
+
+def data(step, rank):
+    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+def compare(build, units=None, world_size=2, steps=2, change=None, decay=0.1, **options):
+    """Train what `build()` returns at all stages and on one process; same bits, same values.
+
+    change(module, step, stage): called before each step, on the bare module's attributes.
+    """
+    def run(stage):
+        torch.manual_seed(0)
+        module = build()
+        model = module if stage is None else zero_ref.wrap(module, stage, units=units, **options)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+        for step in range(steps):
+            if change:
+                change(module, step)
+            for rank in range(world_size) if stage is None else (dist.get_rank(),):
+                module.rank = rank
+                loss = model(data(step, rank)).square().mean()
+                (loss / (world_size if stage is None else 1)).backward()
+            opt.step()
+            opt.zero_grad()
+        return model.state_dict()
+
+    by_rank = toy.ranks(lambda: [run(stage) for stage in STAGES], world_size)
+    alone = run(None)
+    for stages in by_rank:
+        for weights in stages:
+            assert toy.equal(weights, by_rank[0][0])
+    assert toy.close(by_rank[0][0], alone)
+    return by_rank[0][0]
+
+
+class Layer(nn.Module):
+    """y = tanh(A x) * w, in as many ways as a test needs."""
+
+    def __init__(self, width=WIDTH):
+        super().__init__()
+        self.a, self.w = nn.Linear(width, width), nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        return torch.tanh(self.a(x)) * self.w
+
+
+class Stack(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+# ---- parameters: unused, frozen, tied, odd -------------------------------------------------------
+
+
+class Sometimes(Layer):
+    """Its w is used on some ranks only, and never is used nowhere."""
+
+    def __init__(self, users):
+        super().__init__()
+        self.users, self.never = users, nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        y = torch.tanh(self.a(x))
+        return y * self.w if self.owner[0].rank in self.users else y
+
+
+def sometimes(users):
+    def build():
+        stack = Stack([Sometimes(users) for _ in range(4)])
+        for layer in stack.layers:
+            layer.owner = [stack]  # in a list: not a submodule
+        return stack
+
+    return build
+
+
+@pytest.mark.parametrize("users", [(), (0,), (1,), (0, 1, 2)])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_unused_parameters(users, world_size):
+    """On all ranks: left alone, without weight decay. On some: zero there, and never a hang."""
+    weights = compare(sometimes(users), Sometimes, world_size)
+    for i in range(4):
+        assert torch.equal(weights[f"layers.{i}.never"], torch.ones(3))
+        used = any(rank < world_size for rank in users)
+        assert torch.equal(weights[f"layers.{i}.w"], torch.ones(WIDTH)) != used
+
+
+def test_unused_with_torch_ddp():
+    """That is what DDP does with find_unused_parameters."""
+    def run(kind):
+        torch.manual_seed(0)
+        module = sometimes((1,))()
+        module.rank = dist.get_rank()
+        model = (nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+                 if kind == "ddp" else zero_ref.wrap(module, kind, units=Sometimes))
+        opt = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1)
+        for step in range(3):
+            model(data(step, module.rank)).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return (module if kind == "ddp" else model).state_dict()
+
+    ddp, *stages = toy.ranks(lambda: [run(kind) for kind in ("ddp", *STAGES)], 3)[0]
+    for weights in stages:
+        assert toy.equal(weights, stages[0]) and toy.close(weights, ddp)
+
+
+def test_frozen_and_unfrozen_in_mid_training():
+    def change(module, step):
+        module.layers[0].requires_grad_(step not in (1, 2))  # all of a unit
+        module.layers[1].w.requires_grad_(step != 2)         # a part of one
+        if step == 3:
+            assert module.layers[1].w.requires_grad
+
+    compare(lambda: Stack([Layer(), Layer(), Layer()]), steps=5, change=change)
+
+
+def frozen_by_the_optimizers_parameters(stage):
+    torch.manual_seed(0)
+    model = zero_ref.wrap(Stack([Layer(), Layer()]), stage)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    before = model.state_dict()
+    for _, p in model.named_parameters():
+        p.requires_grad_(p.numel() == 0 or not _.startswith("layers.0"))
+    model(data(0, dist.get_rank())).square().mean().backward()
+    opt.step()
+    after = model.state_dict()
+    return {k for k in before if not torch.equal(before[k], after[k])}
+
+
+def test_frozen_through_model_parameters():
+    for changed in toy.ranks(lambda: list(map(frozen_by_the_optimizers_parameters, STAGES)), 2)[0]:
+        assert changed == {"layers.1.a.weight", "layers.1.a.bias", "layers.1.w"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_unfreezing_what_was_frozen_when_wrapped_is_refused(stage):
+    def run():
+        net = Stack([Layer(), Layer()])
+        net.layers[0].requires_grad_(False)
+        model = zero_ref.wrap(net, stage)
+        model(data(0, 0))
+        net.layers[0].requires_grad_(True)
+        with pytest.raises(RuntimeError, match=r"'layers.0.w' was frozen when the model was wrap"):
+            model(data(0, 0))
+
+    toy.ranks(run, 2)
+
+
+class LowRank(nn.Module):
+    """A frozen weight and a small trainable update of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.frozen = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+        self.down, self.up = nn.Linear(WIDTH, 2, bias=False), nn.Linear(2, WIDTH, bias=False)
+
+    def forward(self, x):
+        return torch.tanh(self.frozen(x) + self.up(self.down(x)))
+
+
+def test_almost_everything_frozen():
+    weights = compare(lambda: Stack([LowRank() for _ in range(3)]), world_size=3)
+    torch.manual_seed(0)
+    initial = Stack([LowRank() for _ in range(3)]).state_dict()
+    for name, value in weights.items():
+        assert torch.equal(value, initial[name]) == ("frozen" in name)
+
+
+class Tied(nn.Module):
+    """One weight in three places: twice in a unit, once outside of it; 5 x 6 cut by 2, 3 and 4."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(WIDTH, 5), nn.Tanh(), nn.Linear(5, WIDTH))
+        self.second = nn.Sequential(nn.Linear(WIDTH, 5), nn.Linear(5, WIDTH), nn.Linear(WIDTH, 5))
+        self.second[2].weight = self.second[0].weight
+        self.first[0].weight = self.second[0].weight
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("units", [None, nn.Sequential, nn.Linear], ids=str)
+def test_tied_parameters(units, world_size):
+    weights = compare(Tied, units, world_size)
+    names = ["first.0.weight", "second.0.weight", "second.2.weight"]
+    torch.manual_seed(0)
+    before = Tied().state_dict()
+    for name in names:
+        assert torch.equal(weights[name], weights[names[0]])
+        assert (weights[name] != before[name]).any(dim=1).all()  # every row moves
+
+
+class Odd(nn.Module):
+    """Parameters of no dimension, of no element, not contiguous, and of one element."""
+
+    def __init__(self):
+        super().__init__()
+        self.scalar, self.empty = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.ones(0, 3))
+        self.turned = nn.Parameter(torch.randn(WIDTH, WIDTH).t())
+        self.strided = nn.Parameter(torch.randn(2 * WIDTH)[::2])
+        self.one = nn.Parameter(torch.ones(1))
+        assert not self.turned.is_contiguous() and not self.strided.is_contiguous()
+
+    def forward(self, x):
+        x = torch.tanh(x @ self.turned) * self.strided * self.one + self.scalar
+        return x + self.empty.sum()
+
+
+def test_odd_parameters():
+    compare(lambda: Stack([Odd(), Odd()]), world_size=3)
+
+
+class TwoDtypes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH).double()
+        self.b.bias.requires_grad_(False)
+
+    def forward(self, x):
+        return self.b(self.a(x).double()).float()
+
+
+def test_two_dtypes_in_a_unit():
+    compare(lambda: Stack([TwoDtypes(), TwoDtypes()]), world_size=3)
+
+
+# ---- units ---------------------------------------------------------------------------------------
+
+
+class Nested(nn.Module):
+    """A unit with parameters of its own and units inside."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.w = inner, nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        return self.inner(x * self.w) + self.w
+
+
+def test_nested_units():
+    compare(lambda: Stack([Nested(Nested(Layer())), Layer(), Nested(Layer())]), (Nested, Layer), 3)
+
+
+class Twice(Stack):
+    def forward(self, x):
+        for i in (0, 1, 1, 0, 2):
+            x = self.layers[i](x)
+        return x
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_a_unit_used_twice(reshard_after_forward):
+    compare(lambda: Twice([Layer(), Layer(), Layer()]), world_size=3,
+            reshard_after_forward=reshard_after_forward)
+
+
+class Recurrent(Stack):
+    """Its unit runs first on what needs no gradient, then on its own output."""
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.layers[0](x)
+        return x
+
+
+def test_a_recurrent_unit():
+    compare(lambda: Recurrent([Layer()]), Layer, 3)
+
+
+def test_modules_without_parameters_as_units():
+    compare(lambda: Stack([nn.Tanh(), Layer(), nn.Identity()]), (Layer, nn.Tanh, nn.Identity))
+
+
+def test_two_hundred_tiny_layers():
+    compare(lambda: Stack([nn.Linear(WIDTH, WIDTH) for _ in range(200)]), steps=1)
+
+
+def test_one_huge_layer():
+    compare(lambda: Stack([nn.Linear(WIDTH, 100_003), nn.Tanh(), nn.Linear(100_003, 2)]), steps=1)
+
+
+# ---- what units take and return ------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    y: torch.Tensor
+    more: dict
+    nothing: None = None
+
+
+class Returns(Layer):
+    def __init__(self, pack, unpack):
+        super().__init__()
+        self.pack, self.unpack = pack, unpack
+
+    def forward(self, *args, **kwargs):
+        x = self.unpack(*args, **kwargs)
+        return self.pack(super().forward(x))
+
+
+class Chained(Stack):
+    def __init__(self, pack, unpack, pass_on):
+        super().__init__([Returns(pack, unpack) for _ in range(3)])
+        self.pass_on, self.final = pass_on, unpack
+
+    def forward(self, x):
+        state = self.layers[0].pack(x)
+        for layer in self.layers:
+            state = self.pass_on(layer, state)
+        return self.final(state)
+
+
+PASSED = {
+    "tuples": (lambda y: (y, None, [y[:, :1]]), lambda s: s[0] + s[2][0], lambda f, s: f(s)),
+    "dicts": (lambda y: {"y": y}, lambda s: s["y"], lambda f, s: f(s)),
+    "dataclasses": (lambda y: Output(y * 2, {"half": y}), lambda s: s.y + s.more["half"],
+                    lambda f, s: f(s)),
+    "keywords": (lambda y: {"y": y}, lambda y, **_: y, lambda f, s: f(**s)),
+}
+
+
+@pytest.mark.parametrize("kind", PASSED)
+def test_inputs_and_outputs(kind):
+    def build():
+        chained = Chained(*PASSED[kind])
+        if kind == "keywords":
+            chained.final = lambda s: s["y"]
+        return chained
+
+    compare(build, Returns, 3)
+
+
+class Opaque:
+    def __init__(self, y):
+        self.y = y
+
+
+def test_an_output_in_which_no_tensor_can_be_found_is_refused():
+    def run():
+        net = Chained(Opaque, lambda s: s.y, lambda f, s: f(s))
+        model = zero_ref.wrap(net, 3, units=Returns)
+        with pytest.raises(RuntimeError, match=r"unit 'layers\.0' returned Opaque"):
+            model(data(0, 0))
+
+    toy.ranks(run, 2)
+
+
+# ---- a parameter read outside of its unit --------------------------------------------------------
+
+
+class ReadsOutside(Stack):
+    def forward(self, x):
+        return super().forward(x) * self.layers[0].w
+
+
+def test_a_parameter_read_outside_its_unit():
+    """Works at stages 0 to 2, and at stage 3 if it belongs to the root; else it says so."""
+    everything_else = lambda m: isinstance(m, nn.Linear)  # noqa: E731
+    compare(lambda: ReadsOutside([Layer(), Layer()]), everything_else, 3)
+
+    def refused():
+        model = zero_ref.wrap(ReadsOutside([Layer(), Layer()]), 3)
+        with pytest.raises(RuntimeError) as error:
+            model(data(0, 0))
+        return str(error.value)
+
+    for sentence in toy.ranks(refused, 2):
+        assert "parameter 'layers.0.w' of unit 'layers.0' is not gathered" in sentence
+        assert "leave its module out of `units`" in sentence
+
+
+# ---- torch.compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiled_units(stage):
+    """Compiled before or after wrapping, one by one, with a backend that needs no C++ compiler."""
+    def run(compiled):
+        torch.manual_seed(0)
+        net = Stack([Layer(), Layer()])
+        if compiled:
+            for layer in net.layers:
+                layer.compile(backend="aot_eager")
+        model = zero_ref.wrap(net, stage)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            model(data(step, dist.get_rank())).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        return model.state_dict()
+
+    plain, compiled = toy.ranks(lambda: [run(False), run(True)], 2)[0]
+    assert toy.close(plain, compiled)
+
+
+# ---- leaving nothing behind ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [None, zero_ref.MixedPrecision()], ids=str)
+@pytest.mark.parametrize("stage", STAGES)
+def test_deleting_model_and_optimizer_frees_everything(stage, precision):
+    def run():
+        module = Stack([Layer(), Layer()])
+        model = zero_ref.wrap(module, stage, mixed_precision=precision)
+        opt = torch.optim.Adam(model.parameters())
+        for step in range(2):
+            model(data(step, 0)).square().mean().backward()
+            opt.step()
+        alive = [weakref.ref(model), *map(weakref.ref, model.parameters())]
+        for unit in model.units:
+            alive += [weakref.ref(t) for t in (unit.flat, unit.shard, unit.master)]
+            alive += map(weakref.ref, unit.kept_grads.values())
+        params = [p for unit in model.units for p in unit.params]
+        del model, opt, unit
+        gc.collect()
+        hooks = [hook for m in module.modules() for hook in (*m._forward_hooks,
+                                                             *m._forward_pre_hooks)]
+        hooks += [p for p in params if p._post_accumulate_grad_hooks]
+        del module, params  # its parameters lie in the flat buffers of stages 0 to 2
+        gc.collect()
+        return (sum(ref() is not None for ref in alive), len(hooks),
+                len(optimizer._global_optimizer_pre_hooks))
+
+    assert toy.ranks(run, 2) == [(0, 0, 0)] * 2
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_copying_a_wrapped_model_is_refused(stage):
+    def run():
+        import copy
+        model = zero_ref.wrap(Stack([Layer()]), stage)
+        with pytest.raises(RuntimeError, match="a wrapped model cannot be copied or pickled"):
+            copy.deepcopy(model)
+
+    toy.ranks(run, 2)
