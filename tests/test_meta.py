@@ -155,6 +155,39 @@ def test_what_nobody_gives_values_is_named(stage):
         assert "Forgetful needs a reset_parameters()" in sentence
 
 
+class OnlyBuffers(nn.Module):
+    def __init__(self, resettable):
+        super().__init__()
+        self.register_buffer("table", torch.arange(3.0))
+        if resettable:
+            self.reset_parameters = lambda: self.table.copy_(torch.arange(3.0))
+
+    def forward(self, x):
+        return x + self.table
+
+
+def test_modules_that_have_only_buffers():
+    def run(resettable):
+        with torch.device("meta"):
+            module = nn.Sequential(OnlyBuffers(resettable), nn.Linear(3, 3))
+        return zero_ref.wrap(module, 3).state_dict()["0.table"]
+
+    assert torch.equal(toy.ranks(run, 2, True)[1], torch.arange(3.0))
+    with pytest.raises(zero_ref.RankError, match=r"0\.table was built on the meta device"):
+        toy.ranks(run, 2, False)
+
+
+def test_tied_across_units_is_refused():
+    def run():
+        with torch.device("meta"):
+            module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+            module[1].weight = module[0].weight
+        zero_ref.wrap(module, 0)
+
+    with pytest.raises(zero_ref.RankError, match="are in two units"):
+        toy.ranks(run, 2)
+
+
 def test_with_mixed_precision():
     def run(stage):
         torch.manual_seed(1)

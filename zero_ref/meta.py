@@ -14,12 +14,15 @@ from .placeholder import show_in_module
 
 
 def give_memory_to_buffers(module, group):
-    """Replace buffers on the meta device by buffers without values."""
-    for submodule in module.modules():
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                submodule._buffers[name] = _without_values(torch.empty_like(
-                    buffer, device=_device(group)))
+    """Replace buffers on the meta device, and initialize the modules that have nothing else."""
+    for name, submodule in module.named_modules():
+        on_meta = {k: b for k, b in submodule._buffers.items() if b is not None and b.is_meta}
+        for key, buffer in on_meta.items():
+            with_memory = torch.empty_like(buffer, device=_device(group))
+            submodule._buffers[key] = _without_values(with_memory)
+        params = _own_params(submodule)
+        if on_meta and not any(p.is_meta for p in params):  # else they are initialized together
+            _initialize(name, submodule, module, whole=not params)
 
 
 def flatten(units, module, group):
@@ -27,33 +30,37 @@ def flatten(units, module, group):
     on_meta = [unit for unit in units if unit.params[0].is_meta]
     for unit in units:
         if unit in on_meta:
-            unit.flat = torch.zeros(unit.padded_numel, dtype=unit.params[0].dtype,
-                                    device=_device(group))
-            # Empty at first: made from a view, a parameter would share the version counter with the
-            # flat buffer, and autograd would take a gather for a change of the parameter.
-            unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad)
-                           for p in unit.params]
-            unit.point_to(_without_values(unit.flat))
-            show_in_module(unit, unit.params)
-            unit.shard = unit.flat[unit.own_slice]
+            _give_memory(unit, _device(group))
         else:
             unit.flatten()
-    if on_meta:
-        homes = {m for unit in on_meta for places in unit.slots for m, _ in places}
-        if units[0].module is module:  # what has only buffers has no unit
-            homes |= {m for m in module.modules() if m._buffers and not any(
-                p is not None for p in m._parameters.values())}
-        for name, submodule in module.named_modules():
-            if submodule in homes:
-                _initialize(name, submodule, module)
+    homes = {m for unit in on_meta for places in unit.slots for m, _ in places}
+    here = {p for unit in units for p in unit.params}
+    for name, submodule in module.named_modules():
+        if submodule in homes:
+            if not here.issuperset(_own_params(submodule)):
+                raise ValueError(f"{name!r} was built on the meta device, and its parameters are in "
+                                 "two units, because one of them is tied: it cannot be "
+                                 "initialized unit by unit; build it on a real device")
+            _initialize(name, submodule, module)
+
+
+def _give_memory(unit, device):
+    unit.flat = torch.zeros(unit.padded_numel, dtype=unit.params[0].dtype, device=device)
+    unit.shard = unit.flat[unit.own_slice]
+    # Empty at first: made from a view, a parameter would share the version counter with the flat
+    # buffer, and autograd would take a gather for a change of the parameter.
+    unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad) for p in unit.params]
+    _without_values(unit.flat[: unit.numel])
+    unit.point_to(unit.flat)
+    show_in_module(unit, unit.params)
 
 
 @torch.no_grad()
-def _initialize(name, submodule, module):
-    for method in ("reset_parameters", "_reset_parameters"):
+def _initialize(name, submodule, module, whole=True):
+    for method in ("reset_parameters", "_reset_parameters") if whole else ():
         if hasattr(submodule, method):
             getattr(submodule, method)()
-    if hasattr(module, "_init_weights"):
+    if whole and hasattr(module, "_init_weights"):
         module._init_weights(submodule)
     for attribute, tensor in [*submodule._parameters.items(), *submodule._buffers.items()]:
         if tensor is not None and tensor.numel() and _has_no_values(tensor):
@@ -61,6 +68,10 @@ def _initialize(name, submodule, module):
                 f"{name + '.' * bool(name)}{attribute} was built on the meta device, and nothing "
                 f"has given it values: {type(submodule).__name__} needs a reset_parameters() that "
                 f"does, or {type(module).__name__} an _init_weights(module)")
+
+
+def _own_params(submodule):
+    return [p for p in submodule._parameters.values() if p is not None]
 
 
 def _without_values(tensor):
