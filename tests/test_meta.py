@@ -184,7 +184,7 @@ def test_tied_across_units_is_refused():
             module[1].weight = module[0].weight
         zero_ref.wrap(module, 0)
 
-    with pytest.raises(zero_ref.RankError, match="are in two units"):
+    with pytest.raises(zero_ref.RankError, match="belong to two units"):
         toy.ranks(run, 2)
 
 

@@ -38,7 +38,7 @@ def flatten(units, module, group):
     for name, submodule in module.named_modules():
         if submodule in homes:
             if not here.issuperset(_own_params(submodule)):
-                raise ValueError(f"{name!r} was built on the meta device, and its parameters are in "
+                raise ValueError(f"{name!r} was built on meta, and its parameters belong to "
                                  "two units, because one of them is tied: it cannot be "
                                  "initialized unit by unit; build it on a real device")
             _initialize(name, submodule, module)
