@@ -1,9 +1,9 @@
 """Modules built on the meta device (`with torch.device("meta"): …`) get their memory unit by unit.
 
-So a model may be larger than what a rank can hold. Each module that has parameters or buffers of
-its own is initialized as PyTorch does: by its `reset_parameters()`, and then by the model's
-`_init_weights(module)` if there is one. Rank 0's values are broadcast, so they depend neither on
-the number of ranks nor on the stage.
+So a model may be larger than what a rank can hold. Values come as in PyTorch: from the
+`reset_parameters()` of each module that has parameters or buffers of its own, and then from the
+model's `_init_weights(module)`, if there is one, for every module, children first. Rank 0's values
+are broadcast, so they depend neither on the number of ranks nor on the stage.
 """
 
 import torch
@@ -15,14 +15,16 @@ from .placeholder import show_in_module
 
 def give_memory_to_buffers(module, group):
     """Replace buffers on the meta device, and initialize the modules that have nothing else."""
-    for name, submodule in module.named_modules():
-        on_meta = {k: b for k, b in submodule._buffers.items() if b is not None and b.is_meta}
-        for key, buffer in on_meta.items():
-            with_memory = torch.empty_like(buffer, device=_device(group))
-            submodule._buffers[key] = _without_values(with_memory)
-        params = _own_params(submodule)
-        if on_meta and not any(p.is_meta for p in params):  # else they are initialized together
-            _initialize(name, submodule, module, whole=not params)
+    homes = set()
+    for submodule in module.modules():
+        for key, buffer in submodule._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                with_memory = torch.empty_like(buffer, device=_device(group))
+                submodule._buffers[key] = _without_values(with_memory)
+                if not _own_params(submodule):  # else initialized together with these
+                    homes.add(submodule)
+    if homes:
+        _initialize(module, homes, here=set())
 
 
 def flatten(units, module, group):
@@ -36,12 +38,12 @@ def flatten(units, module, group):
     homes = {m for unit in on_meta for places in unit.slots for m, _ in places}
     here = {p for unit in units for p in unit.params}
     for name, submodule in module.named_modules():
-        if submodule in homes:
-            if not here.issuperset(_own_params(submodule)):
-                raise ValueError(f"{name!r} was built on meta, and its parameters belong to "
-                                 "two units, because one of them is tied: it cannot be "
-                                 "initialized unit by unit; build it on a real device")
-            _initialize(name, submodule, module)
+        if submodule in homes and not here.issuperset(_own_params(submodule)):
+            raise ValueError(f"{name!r} was built on the meta device, but its parameters belong to "
+                             "two units, because one of them is tied: it cannot be initialized "
+                             "unit by unit; build it on a real device")
+    if homes:
+        _initialize(module, homes, here)
 
 
 def _give_memory(unit, device):
@@ -56,18 +58,38 @@ def _give_memory(unit, device):
 
 
 @torch.no_grad()
-def _initialize(name, submodule, module, whole=True):
-    for method in ("reset_parameters", "_reset_parameters") if whole else ():
-        if hasattr(submodule, method):
-            getattr(submodule, method)()
-    if whole and hasattr(module, "_init_weights"):
-        module._init_weights(submodule)
-    for attribute, tensor in [*submodule._parameters.items(), *submodule._buffers.items()]:
-        if tensor is not None and tensor.numel() and _has_no_values(tensor):
-            raise ValueError(
-                f"{name + '.' * bool(name)}{attribute} was built on the meta device, and nothing "
-                f"has given it values: {type(submodule).__name__} needs a reset_parameters() that "
-                f"does, or {type(module).__name__} an _init_weights(module)")
+def _initialize(module, homes, here):
+    """Give values to the parameters in `here` and to the buffers of the modules in `homes`."""
+    aside = [(m, key, p) for m in module.modules() for key, p in m._parameters.items()
+             if p is not None and p not in here]
+    for m, key, p in aside:  # writing to a tensor on meta changes nothing, and draws no numbers
+        m._parameters[key] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"),
+                                          p.requires_grad)
+    try:
+        for m, model in _children_first(module, None):
+            for method in ("reset_parameters", "_reset_parameters"):
+                if m in homes and hasattr(m, method):
+                    getattr(m, method)()
+            if model is not None:
+                model._init_weights(m)
+    finally:
+        for m, key, p in aside:
+            m._parameters[key] = p
+    for name, m in module.named_modules():
+        for key, tensor in [*m._parameters.items(), *m._buffers.items()] if m in homes else ():
+            if tensor is not None and _has_no_values(tensor):
+                raise ValueError(
+                    f"{name + '.' * bool(name)}{key} was built on the meta device, and nothing has "
+                    f"given it values: {type(m).__name__} needs a reset_parameters() that does, or "
+                    f"{type(module).__name__} an _init_weights(module)")
+
+
+def _children_first(module, model):
+    """(submodule, the innermost module around it that has _init_weights), as Module.apply goes."""
+    model = module if hasattr(module, "_init_weights") else model
+    for child in module.children():
+        yield from _children_first(child, model)
+    yield module, model
 
 
 def _own_params(submodule):

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 from . import check, clip, comm, failure, meta, optim
-from .tree import tensors_in
+from .tree import map_tensors, tensors_in
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
 
@@ -79,6 +79,12 @@ class Stage0(nn.Module):
         hooks = optim.watch(self)
         if self.mixed_precision is not None:
             hooks += self.mixed_precision.watch_kept(self.module)
+        # torch.compile may compile the units, but not our hooks.
+        before = torch.compiler.disable(self._weak_hook("_pre_forward"))
+        for submodule in {unit.module for unit in self.units} - {self.module}:
+            # First, before a hook of the user's may want to see the parameters.
+            hooks.append(submodule.register_forward_pre_hook(before, prepend=True,
+                                                             with_kwargs=True))
         for unit in self.trainable:
             for index, p in enumerate(unit.params):
                 on_grad = self._weak_hook("_on_grad", unit, index)
@@ -94,9 +100,17 @@ class Stage0(nn.Module):
             self._broadcast_buffers("forward")
         if self.mixed_precision is not None and not self._in_full_params:
             args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
+        args, kwargs = self._pre_forward(self.module, args, kwargs)
         output = self.module(*args, **kwargs)
         self._on_grad_of(output, "_begin_backward")
         return output
+
+    def _pre_forward(self, submodule, args, kwargs):
+        """Every unit gets views of its inputs. Stage 3 needs them, and how autograd adds up the
+        gradients of a tensor that several units use depends on them; so all stages have them."""
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        return map_tensors(lambda x: x.view_as(x) if x.requires_grad else x, (args, kwargs))
 
     def _refuse_thawed(self):
         for unit in self.units:

@@ -53,13 +53,8 @@ class Stage3(Stage2):
         self._left_now = set()  # those that this backward has been through
         for unit in self.units:
             self._units_of[unit.module].append(unit)
-        # torch.compile may compile the units, but not what gathers their parameters.
-        before = torch.compiler.disable(self._weak_hook("_pre_forward"))
         after = torch.compiler.disable(self._weak_hook("_post_forward"))
         for submodule in self._units_of.keys() - {self.module}:  # the root's turn is in forward()
-            # First, before a hook of the user's may want to see the parameters.
-            hooks.append(submodule.register_forward_pre_hook(before, prepend=True,
-                                                             with_kwargs=True))
             hooks.append(submodule.register_forward_hook(after))
         return hooks
 
@@ -110,7 +105,6 @@ class Stage3(Stage2):
         self._drop_failed_backward()
         self._forward_order.restart()
         self._open_calls.clear()
-        args, kwargs = self._pre_forward(self.module, args, kwargs)
         output = super().forward(*args, **kwargs)
         output = self._post_forward(self.module, args, output)
         for unit in self.units:
@@ -126,6 +120,7 @@ class Stage3(Stage2):
                 self._wait_for_unshard(unit)
         elif units:
             self._unshard_module(submodule, "forward", self._forward_order)
+        args, kwargs = super()._pre_forward(submodule, args, kwargs)
         if not units or not torch.is_grad_enabled():
             return args, kwargs
         call = Call()
@@ -133,7 +128,6 @@ class Stage3(Stage2):
             self._calls_of[submodule].add(call)
         self._open_calls.append(call)
         # Backward has left the unit when it has the gradients of these views of its inputs.
-        args, kwargs = map_tensors(lambda x: x.view_as(x) if x.requires_grad else x, (args, kwargs))
         inputs = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
         if inputs:
             register_multi_grad_hook(inputs, self._weak_hook("_post_backward", submodule, call))
