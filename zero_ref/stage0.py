@@ -19,7 +19,6 @@ Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Traini
 """
 
 import weakref
-from collections import defaultdict
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -27,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import check, clip, comm, failure, meta, optim
+from . import buffers, check, clip, comm, failure, meta, optim
 from .tree import map_tensors, tensors_in
+from .units import refuse_thawed
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
 
@@ -58,7 +58,7 @@ class Stage0(nn.Module):
                 unit.owned = [nn.Parameter(view, requires_grad=not unit.frozen)
                               for view in self._owned_views(unit, unit.master)]
                 del full  # nobody else holds it: with mixed precision, or at stage 3
-        self._broadcast_buffers("init")
+        buffers.broadcast(module, group, "init")
 
         self.trainable = [unit for unit in units if not unit.frozen]
         owned = {name: p for u in self.trainable for name, p in zip(u.names, u.owned)}
@@ -95,9 +95,9 @@ class Stage0(nn.Module):
 
     def forward(self, *args, **kwargs):
         self._drop_failed_backward()
-        self._refuse_thawed()
+        refuse_thawed(self.units)
         if self.training and torch.is_grad_enabled():
-            self._broadcast_buffers("forward")
+            buffers.broadcast(self.module, self.group, "forward")
         if self.mixed_precision is not None and not self._in_full_params:
             args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
         args, kwargs = self._pre_forward(self.module, args, kwargs)
@@ -111,27 +111,6 @@ class Stage0(nn.Module):
         if not torch.is_grad_enabled():
             return args, kwargs
         return map_tensors(lambda x: x.view_as(x) if x.requires_grad else x, (args, kwargs))
-
-    def _refuse_thawed(self):
-        for unit in self.units:
-            if unit.frozen:
-                for name, [(module, attribute), *_] in zip(unit.names, unit.slots):
-                    if module._parameters[attribute].requires_grad:
-                        raise RuntimeError(
-                            f"{name!r} was frozen when the model was wrapped, so no optimizer has "
-                            "a part of it: wrap it trainable, and freeze it after that")
-
-    def _broadcast_buffers(self, phase):
-        """Rank 0's buffers (BatchNorm's statistics, say) for everyone: one message per dtype."""
-        by_dtype = defaultdict(list)
-        for buffer in self.module.buffers():
-            by_dtype[buffer.dtype].append(buffer)
-        for buffers in by_dtype.values():
-            flat = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
-            comm.broadcast(flat, self.group, unit="buffers", phase=phase).wait()
-            sizes = [buffer.numel() for buffer in buffers]
-            for buffer, values in zip(buffers, flat.split(sizes)):
-                buffer.detach().copy_(values.view(buffer.shape))
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
@@ -297,11 +276,11 @@ class Stage0(nn.Module):
     def full_params(self):
         """All parameters in full, in `model.module`, on every rank (so all must enter together).
         What rank 0 writes into them there is kept. With mixed precision, in full precision."""
-        with self._shown_in_full() as buffers, torch.no_grad():
+        with self._shown_in_full() as full_of, torch.no_grad():
             try:
                 yield
             finally:
-                for unit, full in buffers.items():
+                for unit, full in full_of.items():
                     comm.broadcast(full, self.group, unit=unit.name, phase="full_params").wait()
 
     @contextmanager
@@ -310,13 +289,13 @@ class Stage0(nn.Module):
         if self._in_full_params:
             yield {}
             return
-        buffers = {unit: self._gather_full(unit) for unit in self.units}
+        full_of = {unit: self._gather_full(unit) for unit in self.units}
         self._in_full_params = True
         try:
-            yield buffers
+            yield full_of
         finally:
             self._in_full_params = False
-            for unit, full in buffers.items():
+            for unit, full in full_of.items():
                 self._take_over(unit, full)
 
     def _gather_full(self, unit):
@@ -341,7 +320,7 @@ class Stage0(nn.Module):
         """Takes what `state_dict()` or the bare module's gives. Rank 0's values are kept."""
         with self.full_params():
             result = self.module.load_state_dict(state_dict, strict)
-        self._broadcast_buffers("load_state_dict")
+        buffers.broadcast(self.module, self.group, "load_state_dict")
         return result
 
     def _apply(self, fn, recurse=True):

@@ -75,3 +75,14 @@ def check_storages(module):
         if p.data_ptr() and seen.setdefault(p.data_ptr(), name) != name:
             raise ValueError(f"{name!r} and {seen[p.data_ptr()]!r} are two parameters that share "
                              "their memory; tie them by using one nn.Parameter in both places")
+
+
+def refuse_thawed(units):
+    """What is frozen when it is wrapped has no gradient buffer and no part in an optimizer."""
+    for unit in units:
+        if unit.frozen:
+            for name, [(module, attribute), *_] in zip(unit.names, unit.slots):
+                if module._parameters[attribute].requires_grad:
+                    raise RuntimeError(
+                        f"{name!r} was frozen when the model was wrapped, so no optimizer has a "
+                        "part of it: wrap it trainable, and freeze it after that")
