@@ -412,3 +412,111 @@ def test_two_models():
     for ours, alone in zip(zip(*stages), adversaries("one process")):
         assert all(toy.equal(weights, ours[0]) for weights in ours)
         assert toy.close(ours[0], dict(alone))
+
+
+class OnRank1(nn.Module):
+    """Uses its weight on rank 1 only."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.rank = nn.Linear(3, 3), 1
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x)) if self.rank else x
+
+
+def two_in_one_backward(stage):
+    """The critic's gradients are late on rank 0; the maker's, of the same sizes, are not."""
+    torch.manual_seed(0)
+    maker = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    critic = nn.Sequential(nn.Linear(3, 3), OnRank1(), nn.Linear(3, 3))
+    bare, ranks = stage is None, (0, 1) if stage is None else (dist.get_rank(),)
+    models = [m if bare else zero_ref.wrap(m, stage) for m in (maker, critic)]
+    opts = [torch.optim.SGD(m.parameters(), lr=0.1) for m in models]
+    for i in range(2):
+        for critic[1].rank in ranks:
+            x = torch.randn(4, 3, generator=torch.Generator().manual_seed(10 * i + critic[1].rank))
+            (models[1](models[0](x)).square().mean() / len(ranks)).backward()
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+    return [dict(m.state_dict()) for m in models]
+
+
+def test_two_models_in_one_backward_with_a_gradient_that_one_rank_lacks():
+    alone = two_in_one_backward(None)
+    for stages in toy.ranks(lambda: [two_in_one_backward(stage) for stage in STAGES], 2):
+        for models in stages:
+            assert all(toy.close(ours, theirs) for ours, theirs in zip(models, alone))
+            assert all(toy.equal(ours, first) for ours, first in zip(models, stages[0]))
+
+
+# ---- what reaches behind the engine's back -------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [
+    lambda p: p.clamp_(-0.05, 0.05), lambda p: p.mul_(0.5), lambda p: p.zero_()])
+def test_writing_into_the_optimizers_parameters(write):
+    """Clipped weights, say: as the optimizer's own updates they reach all ranks."""
+    def loop(model, loss):
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for i in range(3):
+            train(model, lambda _, i=i: loss(i), opt, steps=1)
+            with torch.no_grad():
+                for _, p in original_names(model):
+                    write(p)
+        loss(5)
+
+    compare_with_ddp(loop, 3)
+
+
+def refused(fn, *args):
+    """The sentence with which a rank is refused."""
+    with pytest.raises(RuntimeError) as error:
+        fn(*args)
+    return str(error.value)
+
+
+def moved(stage, how):
+    model = zero_ref.wrap(toy.build(**PLAIN), stage)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(toy.batch(0, 0)[0]).sum().backward()
+    if how == "vector_to_parameters":
+        sizes = sum(p.numel() for p in model.parameters())
+        nn.utils.vector_to_parameters(torch.ones(sizes), model.parameters())
+    else:
+        model.module.double()
+    return refused(opt.step)
+
+
+@pytest.mark.parametrize("how, stages", [("vector_to_parameters", STAGES), ("double", (0, 1, 2))])
+def test_moving_what_the_optimizer_or_the_module_holds(how, stages):
+    for sentence in toy.ranks(lambda: [moved(stage, how) for stage in stages], 2)[0]:
+        assert "does not lie in its flat buffer any more" in sentence
+
+
+def test_hooks_that_would_never_run_are_refused():
+    def run(stage):
+        model = zero_ref.wrap(toy.build(**PLAIN), stage)
+        return refused(next(model.parameters()).register_hook, print)
+
+    for sentence in toy.ranks(lambda: [run(stage) for stage in STAGES], 2)[0]:
+        assert "would never run" in sentence
+
+
+def test_norms_of_slices_are_refused():
+    def run(stage):
+        model = zero_ref.wrap(toy.build(**PLAIN), stage)
+        model(toy.batch(0, 0)[0]).sum().backward()
+        grad = next(p.grad for p in model.parameters() if p.grad is not None)
+        assert grad.sum().isfinite() and (grad * 2).abs().max() >= 0
+        return [refused(norm) for norm in (
+            grad.norm, grad.detach().norm, grad.data.norm, lambda: torch.linalg.norm(grad))]
+
+    for sentences in toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], 2)[0]:
+        assert all("use model.clip_grad_norm_(max_norm)" in s for s in sentences)
+
+
+def test_an_embedding_with_max_norm_is_refused():
+    with pytest.raises(zero_ref.RankError, match=r"has max_norm=1\.0: its forward overwrites"):
+        toy.ranks(lambda: zero_ref.wrap(nn.Embedding(3, 3, max_norm=1.0), 0), 2)

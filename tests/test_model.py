@@ -374,6 +374,67 @@ def test_an_output_in_which_no_tensor_can_be_found_is_refused():
     toy.ranks(run, 2)
 
 
+class Attends(nn.Module):
+    """Takes another way when query and key are one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, query, key):
+        return torch.tanh(self.a(query)) if query is key else query
+
+
+class SelfAttends(Stack):
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, key=x)
+        return x
+
+
+def test_one_tensor_given_twice_is_one_tensor():
+    compare(lambda: SelfAttends([Attends(), Attends()]), Attends)
+
+
+class Inner(nn.Module):
+    """Differentiates inside of its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.w = Layer(), nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        y = x.detach().requires_grad_()
+        slope, = torch.autograd.grad(self.layer(y).sum(), y)
+        return self.layer(x - 0.1 * slope) * self.w
+
+
+def test_autograd_grad_inside_forward():
+    compare(Inner, Layer)
+
+
+class Leaks(Layer):
+    def forward(self, x):
+        y = super().forward(x)
+        self.aux = (self.a(y)).square().mean()
+        return y
+
+
+def test_a_tensor_that_leaves_its_unit_on_the_side():
+    """Stages 0 to 2 allow it. Stage 3 cannot notice it; with check=True it does not gather ahead,
+    so that what is missing is noticed."""
+    def run(stage):
+        net = Stack([Leaks(), Leaks(), Leaks()])
+        model = zero_ref.wrap(net, stage, check=True)
+        for step in range(2):
+            loss = model(data(step, 0)).square().mean() + net.layers[0].aux
+            loss.backward()
+
+    toy.ranks(lambda: [run(stage) for stage in (0, 1, 2)], 2)
+    with pytest.raises(zero_ref.RankError, match="did a tensor leave a unit in another way than"):
+        toy.ranks(run, 2, 3)
+
+
 # ---- a parameter read outside of its unit --------------------------------------------------------
 
 

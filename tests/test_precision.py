@@ -98,6 +98,47 @@ def test_dtypes(stage):
     assert set(in_full.values()) == {(high, high, high)}  # the bare module works in full precision
 
 
+class Head(nn.Module):
+    """A module whose parameters are all its children's."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.utils.parametrizations.weight_norm(nn.Linear(4, 2))
+
+    def forward(self, x):
+        assert x.dtype == self.inner.weight.dtype == torch.float32
+        return self.inner(x)
+
+
+def test_keep_is_for_all_that_is_inside():
+    def run(stage):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4), Head(), nn.Linear(2, 2))
+        model = zero_ref.wrap(net, stage, mixed_precision=MixedPrecision(keep=Head))
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(torch.ones(1, 4) + dist.get_rank()).square().sum().backward()
+        opt.step()
+        return model.state_dict()
+
+    stages = toy.ranks(lambda: [run(stage) for stage in STAGES], 2)[0]
+    assert all(toy.equal(weights, stages[0]) for weights in stages)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_bare_modules_state_dict_is_refused(stage):
+    def run():
+        model = zero_ref.wrap(toy.build(**PLAIN), stage, mixed_precision=BF16)
+        state = model.state_dict()
+        for use in (model.module.state_dict, lambda: model.module.load_state_dict(state)):
+            with pytest.raises(RuntimeError, match=r"use model.state_dict\(\)|model.full_params"):
+                use()
+        model.load_state_dict(state)
+        with model.full_params():
+            assert toy.equal(model.module.state_dict(), state)
+
+    toy.ranks(run, 2)
+
+
 # ---- bytes ---------------------------------------------------------------------------------------
 
 

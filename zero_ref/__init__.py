@@ -65,7 +65,8 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
     checked = bool(check) or checking.wanted()
-    _agree((stage, reshard_after_forward, mixed_precision, checked), module, parts, problem, group)
+    _agree((stage, reshard_after_forward, repr(mixed_precision), checked), module, parts, problem,
+           group)
     options = {"overlap": overlap, "mixed_precision": mixed_precision, "checked": checked}
     if stage == 3:
         options["reshard_after_forward"] = reshard_after_forward

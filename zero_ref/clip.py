@@ -2,7 +2,9 @@
 
 import torch
 
-_NORMS = (torch._foreach_norm, torch.linalg.vector_norm, torch.norm, torch.Tensor.norm)
+_NORMS = (torch._foreach_norm, torch.linalg.vector_norm, torch.linalg.norm, torch.norm,
+          torch.Tensor.norm)
+_SAME_VALUES = (torch.Tensor.detach, torch.Tensor.data.__get__)
 
 
 class GradSlice(torch.Tensor):
@@ -16,7 +18,8 @@ class GradSlice(torch.Tensor):
                                "gradient's; use model.clip_grad_norm_(max_norm), which returns the "
                                "global norm and clips by it (math.inf: does not clip)")
         with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+        return result.as_subclass(cls) if func in _SAME_VALUES else result
 
 
 def clip_grad_norm_(model, max_norm, norm_type):

@@ -14,6 +14,13 @@ def annotate(error):
         if place:
             error.add_note(f"This was in the {place[0]} of unit {place[1]!r}, at stage "
                            f"{model.stage}, on rank {model.rank}.")
+            if model.stage == 3 and _no_memory(error):
+                error.add_note("A parameter was used while its unit was not gathered: did a tensor "
+                               "leave a unit in another way than through its output? Return it.")
+
+
+def _no_memory(error):
+    return "storage of size 0" in str(error)
 
 
 def _in_forward(model, traceback):

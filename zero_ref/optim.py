@@ -4,7 +4,7 @@ import sys
 import weakref
 
 import torch
-from torch import optim
+from torch import nn, optim
 from torch.amp import GradScaler
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
@@ -27,6 +27,7 @@ def watch(model):
         units = _units_in(ref(), optimizer)
         if units:
             _refuse_unreduced(optimizer, units)
+            _refuse_moved(units)
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
             _refuse_scaler_of_one_rank(ref())
@@ -67,6 +68,31 @@ def _refuse_unreduced(optimizer, units):
                     f"{type(optimizer).__name__}.step() with a gradient of {name!r} that has not "
                     "been reduced: after no_sync(), the last backward before a step has to run "
                     "outside of it; model.zero_grad() drops what was accumulated")
+
+
+def _refuse_moved(units):
+    for unit in units:
+        pairs = [(p, unit.master) for p in (unit.owned[0], unit.owned[-1])]
+        if unit.gathered:
+            pairs += [(p, unit.flat) for p in (unit.params[0], unit.params[-1])]
+        for p, buffer in pairs:
+            if p.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
+                raise RuntimeError(
+                    f"a parameter of unit {unit.name!r} does not lie in its flat buffer any more: "
+                    "something has moved or cast the module, or has set the .data of a parameter; "
+                    "do so before zero_ref.wrap, or write values inside model.full_params()")
+
+
+def owned_parameter(view, trainable):
+    """What the optimizer sees of a parameter. Its gradient is set, not accumulated by autograd."""
+    p = nn.Parameter(view, requires_grad=trainable)
+    p.register_hook = p.register_post_accumulate_grad_hook = _refuse_hook
+    return p
+
+
+def _refuse_hook(hook):
+    raise RuntimeError("a hook on a parameter of model.parameters() would never run, for autograd "
+                       "works on the bare module's parameters: change p.grad after backward")
 
 
 def _refuse_not_elementwise(model, optimizer):

@@ -11,8 +11,13 @@ parameters. Four weights and a bias on three ranks:
 Frozen parameters (requires_grad=False) have no gradient and no optimizer state. They get a flat
 buffer of their own beside the unit's trainable one, which only stage 3 slices. So does each dtype.
 
-With mixed precision the flat buffer has the precision of the computation, and beside it there is
-the master copy, in full precision, of what this rank's optimizer owns.
+The optimizer of a rank updates `master`. Which memory that is:
+
+    stage                     0              1 and 2                   3
+    one precision             flat           its own slice of flat     a buffer of its own, shard
+    mixed precision           fp32 copy      fp32 copy of that slice   fp32 copy of shard
+
+`params` are the module's, views of flat; `owned` the optimizer's, views of master.
 """
 
 from collections import defaultdict
@@ -20,7 +25,13 @@ from itertools import accumulate
 
 import torch
 
-from .units import check_devices, check_storages, find_units, units_on_the_way
+from .units import (
+    check_devices,
+    check_max_norm,
+    check_storages,
+    find_units,
+    modules_on_the_way,
+)
 
 
 class Unit:
@@ -47,6 +58,7 @@ class Unit:
         self.shard = None  # this rank's slice of them, (shard_numel,)
         self.master = None  # what the optimizer updates: `flat` or `shard`, or a copy of it in fp32
         self.owned = []  # the optimizer's view of each parameter in `master`
+        self.version = 0  # of `master`, when the module's parameters last followed it
 
         # Gradients
         self.grad = None  # this rank's own, while backward fills them in, (padded_numel,)
@@ -168,10 +180,11 @@ def partition(module, units, precision_of, rank, world_size):
     units: which submodules are units, see `zero_ref.wrap`. A parameter belongs to the innermost
     unit that contains all the places where it hangs, or else to the root. precision_of: tells the
     dtypes of a parameter and of its gradient while they compute and communicate, from it and the
-    module where it hangs. Raises ValueError if the units match nothing, or if one would mix
+    modules that contain it. Raises ValueError if the units match nothing, or if one would mix
     devices.
     """
     check_storages(module)
+    check_max_norm(module)
     found = find_units(module, units)
     slots = defaultdict(list)  # parameter -> where it hangs
     for submodule in module.modules():
@@ -184,9 +197,9 @@ def partition(module, units, precision_of, rank, world_size):
 
     members = {unit_module: defaultdict(list) for unit_module in (module, *found.values())}
     for name, p in module.named_parameters():
-        on_the_way = [units_on_the_way(module, path, members) for path in paths[p]]
-        home = [m for m in on_the_way[0] if all(m in way for way in on_the_way)][-1]
-        precision = precision_of(p, slots[p][0][0])
+        ways = [modules_on_the_way(module, path) for path in paths[p]]
+        home = [m for m in ways[0] if m in members and all(m in way for way in ways)][-1]
+        precision = precision_of(p, ways[0])
         members[home][not p.requires_grad, p.dtype, precision].append((name, p))
 
     result = []

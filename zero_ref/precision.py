@@ -7,6 +7,7 @@ Per parameter that is 2 bytes, 2 for the gradient and 12 for fp32 Adam's states 
 Micikevicius et al., Mixed Precision Training, ICLR 2018; Rajbhandari et al., ZeRO, section 3.1.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +24,9 @@ class MixedPrecision:
     param_dtype: parameters, activations and the inputs of the model. Buffers stay as they are.
     reduce_dtype: gradients while they are summed over the ranks. What the optimizer gets of them
         has the master copy's dtype, the one that the module had: 4 bytes more if this one differs.
-    keep: module classes (nn.LayerNorm, say, or a tuple of them) that compute in their own dtype:
-        their inputs are cast to it and their outputs back. By default BatchNorm, which torch does
-        not compute with fp32 statistics and 16-bit weights.
+    keep: module classes (nn.LayerNorm, say, or a tuple of them) that compute in their own dtype,
+        with all inside them: their inputs are cast to it and their outputs back. By default
+        BatchNorm, which torch does not compute with fp32 statistics and 16-bit weights.
 
     Frozen parameters have no master copy. Raises ValueError for a dtype that is not floating point.
     """
@@ -44,23 +45,34 @@ class MixedPrecision:
         if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds):
             raise ValueError(f"keep={self.keep!r}: must be a module class or a tuple of them")
 
-    def of(self, p, module):
-        """The dtypes of a parameter that hangs in `module`, and of its gradient when reduced."""
-        if p.is_floating_point() and not isinstance(module, self.keep):
+    def of(self, p, modules):
+        """The dtypes of a parameter that is inside `modules`, and of its gradient when reduced."""
+        if p.is_floating_point() and not any(isinstance(m, self.keep) for m in modules):
             return self.param_dtype, self.reduce_dtype
-        return own_precision(p, module)
+        return own_precision(p, modules)
 
     def cast_inputs(self, inputs):
         return _cast(inputs, self.param_dtype)
 
     def watch_kept(self, module):
         """Cast what goes into and comes out of the modules of the classes in `keep`."""
-        hooks = []
-        for m in module.modules():
-            own = next((p.dtype for p in m.parameters(recurse=False)), None)
-            if own is not None and isinstance(m, self.keep):
-                hooks += _compute_in(m, own)
-        return hooks
+        if isinstance(module, self.keep):
+            own = next((p.dtype for p in module.parameters()), None)
+            return _compute_in(module, own) if own is not None else []
+        return [hook for child in module.children() for hook in self.watch_kept(child)]
+
+    def guard_state_dict(self, model):
+        """The module holds rounded values, which are neither to be saved nor to be loaded."""
+        ref = weakref.ref(model)
+
+        def refuse(*_):
+            if ref() is not None and not ref()._in_full_params:
+                raise RuntimeError("with mixed precision the bare module has rounded values: use "
+                                   "model.state_dict() and model.load_state_dict(), where model is "
+                                   "what zero_ref.wrap returned")
+
+        return [model.module.register_state_dict_pre_hook(refuse),
+                model.module.register_load_state_dict_pre_hook(refuse)]
 
 
 def _compute_in(module, dtype):
@@ -78,7 +90,7 @@ def _compute_in(module, dtype):
             module.register_forward_hook(after)]
 
 
-def own_precision(p, module):
+def own_precision(p, modules):
     """Without mixed precision a parameter and its gradient have one dtype, whatever it is."""
     return p.dtype, p.dtype
 

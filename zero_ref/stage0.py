@@ -19,6 +19,7 @@ Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Traini
 """
 
 import weakref
+from collections import defaultdict
 from contextlib import contextmanager
 from itertools import groupby
 
@@ -31,6 +32,7 @@ from .tree import map_tensors, tensors_in
 from .units import refuse_thawed
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
+_in_backward = defaultdict(list)  # name of a group -> its models in this backward, as they began
 
 
 class Stage0(nn.Module):
@@ -55,8 +57,9 @@ class Stage0(nn.Module):
                 comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
                 full = unit.round_flat()
                 unit.master = self._make_master(unit, unit.flat if unit.frozen else full)
-                unit.owned = [nn.Parameter(view, requires_grad=not unit.frozen)
+                unit.owned = [optim.owned_parameter(view, not unit.frozen)
                               for view in self._owned_views(unit, unit.master)]
+                unit.version = unit.master._version
                 del full  # nobody else holds it: with mixed precision, or at stage 3
         buffers.broadcast(module, group, "init")
 
@@ -79,6 +82,7 @@ class Stage0(nn.Module):
         hooks = optim.watch(self)
         if self.mixed_precision is not None:
             hooks += self.mixed_precision.watch_kept(self.module)
+            hooks += self.mixed_precision.guard_state_dict(self)
         # torch.compile may compile the units, but not our hooks.
         before = torch.compiler.disable(self._weak_hook("_pre_forward"))
         for submodule in {unit.module for unit in self.units} - {self.module}:
@@ -96,6 +100,8 @@ class Stage0(nn.Module):
     def forward(self, *args, **kwargs):
         self._drop_failed_backward()
         refuse_thawed(self.units)
+        # Somebody wrote into model.parameters(), to clip weights for instance: all ranks need that.
+        self._after_step([u for u in self.trainable if u.version != u.master._version])
         if self.training and torch.is_grad_enabled():
             buffers.broadcast(self.module, self.group, "forward")
         if self.mixed_precision is not None and not self._in_full_params:
@@ -110,7 +116,9 @@ class Stage0(nn.Module):
         gradients of a tensor that several units use depends on them; so all stages have them."""
         if not torch.is_grad_enabled():
             return args, kwargs
-        return map_tensors(lambda x: x.view_as(x) if x.requires_grad else x, (args, kwargs))
+        views = {}  # one view of each, so that `query is key` still holds
+        return map_tensors(lambda x: views.setdefault(x, x.view_as(x)) if x.requires_grad else x,
+                           (args, kwargs))
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
@@ -121,9 +129,11 @@ class Stage0(nn.Module):
                 tensor.register_hook(self._weak_hook(method, *args))
 
     def _begin_backward(self, grad=None):
-        """Runs at the model's output; at the first parameter, should the output be hidden."""
+        """Runs at the model's output, so also on a rank where no parameter gets a gradient; at the
+        first parameter, should the output be hidden."""
         if not self._in_backward:
             self._in_backward = True
+            _in_backward[self.group.group_name].append(weakref.ref(self))
             # Always the same order on every rank, whatever order the gradients arrive in.
             self._queue = list(self.trainable)
             for unit in self.trainable:
@@ -146,8 +156,15 @@ class Stage0(nn.Module):
 
     def _unit_ready(self, unit):
         """All of the unit's gradients are there: reduce it, unless others come first."""
-        while self._sync and self._queue and self._queue[-1].complete():
+        while (self._sync and self._queue and self._queue[-1].complete()
+               and not self._others_come_first()):
             self._start_reduction(self._queue.pop())
+
+    def _others_come_first(self):
+        """Whether another model that this backward came to earlier still has units to reduce: on
+        every rank one comes after the other, also where a gradient is missing."""
+        models = [ref() for ref in _in_backward[self.group.group_name]]
+        return any(m is not None and m._queue for m in models[: models.index(self)])
 
     def _start_reduction(self, unit):
         self._finish_reduction()  # one unit in flight at a time bounds the memory
@@ -207,7 +224,8 @@ class Stage0(nn.Module):
             unit.ready.clear()
             unit.gaps.clear()
             unit.grad = None
-        self._in_backward, self._in_flight = False, None
+        self._in_backward, self._in_flight, self._queue = False, None, []
+        _in_backward[self.group.group_name].remove(weakref.ref(self))
 
     def _drop_failed_backward(self):
         """A backward that raised never came to its end: forget it, or the next would add to it."""
@@ -237,6 +255,7 @@ class Stage0(nn.Module):
         """Called when an optimizer has updated parameters of these units."""
         for unit in units:
             unit.flat.copy_(unit.master)  # nothing without mixed precision: they are one
+            unit.version = unit.master._version
 
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """Scale all gradients so that their global norm is at most `max_norm`.
@@ -297,6 +316,7 @@ class Stage0(nn.Module):
             self._in_full_params = False
             for unit, full in full_of.items():
                 self._take_over(unit, full)
+                unit.version = unit.master._version
 
     def _gather_full(self, unit):
         """Show the unit's parameters in full and in full precision: at this stage they are there.

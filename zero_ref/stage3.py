@@ -20,7 +20,8 @@ elsewhere: saved views would keep the old memory alive.
 
 All ranks have to run the same units in the same order, because everyone's slice is needed. What a
 unit takes and returns has to be made of tensors in tuples, lists, dicts and dataclasses: backward
-is noticed there.
+is noticed there. A tensor that leaves a unit by another way (an attribute, a hook's capture) and
+gets a gradient is not, and its backward may come when the parameters are not there.
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of PyTorch's FSDP2.
 """
@@ -78,11 +79,11 @@ class Stage3(Stage2):
     def _unshard_module(self, submodule, phase, order):
         """Gather a module's units, and start to gather those of the module that will come next, so
         that they arrive while this one computes. One module ahead: more would cost memory."""
-        following = order.after(submodule)
+        following = order.arrived(submodule)
         for unit in self._units_of[submodule]:
             self._unshard(unit, phase)
             self._wait_for_unshard(unit)
-        if self.overlap and following is not None:
+        if self.overlap and following is not None and self._checker is None:
             for unit in self._units_of[following]:
                 self._unshard(unit, phase)
 
@@ -123,7 +124,7 @@ class Stage3(Stage2):
         args, kwargs = super()._pre_forward(submodule, args, kwargs)
         if not units or not torch.is_grad_enabled():
             return args, kwargs
-        call = Call()
+        call = Call(submodule)
         if not any(unit.in_backward for unit in units):  # else a checkpointed unit is recomputed
             self._calls_of[submodule].add(call)
         self._open_calls.append(call)
@@ -163,7 +164,7 @@ class Stage3(Stage2):
                                "uses parameters after their unit was resharded; use stage 2")
         self._begin_backward()
         units = self._units_of[submodule]
-        if call.left and call not in self._left_now:  # a graph that is differentiated once more
+        if call.left and call not in self._left_now:  # a graph once more, with retain_graph=True
             for again in self._calls_of[submodule]:
                 again.left = False
         if not all(unit.in_backward for unit in units):
@@ -196,9 +197,11 @@ class Stage3(Stage2):
         super()._leave_backward()
         self._left_now.clear()
         self._backward_order.restart()
+        running = {call.module for call in self._open_calls}  # torch.autograd.grad in a forward
         for unit in self.units:
             unit.in_backward = False
-            self._reshard(unit)
+            if unit.module not in running:
+                self._reshard(unit)
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
@@ -212,6 +215,7 @@ class Stage3(Stage2):
     def _after_step(self, units):
         for unit in units:
             unit.shard.copy_(unit.master)
+            unit.version = unit.master._version
             # Gathered still, if a forward was not followed by its backward: outdated.
             self._reshard(unit)
 
@@ -233,9 +237,11 @@ class Stage3(Stage2):
 
 
 class Call:
-    """One forward of a unit, for as long as its graph is alive. left: backward has been through."""
+    """One forward of a unit, for as long as its graph is alive."""
 
-    left = False
+    def __init__(self, module):
+        self.module = module
+        self.left = False  # whether backward has been through
 
 
 class Order:
@@ -244,8 +250,8 @@ class Order:
     def __init__(self):
         self.last, self.now = [], []
 
-    def after(self, module):
-        """Note that `module` is there. Returns which will be next, None if that is not known."""
+    def arrived(self, module):
+        """`module` is there. Returns which will be next, None if that is not known."""
         self.now.append(module)
         as_last_time = self.last[: len(self.now)][-1:] == [module]
         return next(iter(self.last[len(self.now) :]), None) if as_last_time else None

@@ -23,12 +23,12 @@ def find_units(module, units):
     return found
 
 
-def units_on_the_way(module, name, unit_modules):
-    """Those of `unit_modules` that contain the parameter of this name, the outermost first."""
+def modules_on_the_way(module, name):
+    """The modules that contain the parameter of this name, the outermost first."""
     way = [module]
     for part in name.split(".")[:-1]:
         way.append(way[-1]._modules[part])
-    return [m for m in way if m in unit_modules]
+    return way
 
 
 def _default_units(module):
@@ -66,6 +66,13 @@ def check_devices(label, names, params):
             raise ValueError(f"unit {label!r} mixes devices: {names[0]!r} is {params[0].device}, "
                              f"{name!r} is {p.device}; move them to one device, or give them "
                              "units of their own")
+
+
+def check_max_norm(module):
+    for name, m in module.named_modules():
+        if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None:
+            raise ValueError(f"{name!r} has max_norm={m.max_norm}: its forward overwrites the rows "
+                             "that it looks up, other ones on every rank; build it without")
 
 
 def check_storages(module):
