@@ -101,8 +101,7 @@ class Module(nn.Module):
                 x = apply(getattr(self, f"p{i}"), x)
         outputs = []
         for child in self.called:
-            given = x.clone() if self.spec.parallel else x
-            outputs.append(self.call(child, given))
+            outputs.append(self.call(child, x))
             x = x if self.spec.parallel else outputs[-1]
         return sum(outputs, x) if self.spec.parallel else x
 

@@ -203,6 +203,7 @@ def test_with_the_built_in_collectives(stage):
     ours = toy.ranks(toy.run, 3, stage, "sgd", clip=(0.5,), toy={"norm": False})
     for run, reference in zip(toy.ranks(built_in, 3, stage), ours):
         assert toy.close(run["weights"], reference["weights"])
+        assert all(event.start <= event.end for event in run["events"])
 
 
 def many_at_once():
