@@ -10,6 +10,7 @@ import torch.distributed as dist
 import toy
 from torch import nn
 from torch.optim import optimizer
+from torch.utils.checkpoint import checkpoint
 
 import zero_ref
 
@@ -433,6 +434,21 @@ def test_a_tensor_that_leaves_its_unit_on_the_side():
     toy.ranks(lambda: [run(stage) for stage in (0, 1, 2)], 2)
     with pytest.raises(zero_ref.RankError, match="did a tensor leave a unit in another way than"):
         toy.ranks(run, 2, 3)
+
+
+class Checkpointed(Stack):
+    """One checkpoint around several units, one of them frozen."""
+
+    def __init__(self):
+        super().__init__([Odd(), Odd(), Odd(), Layer()])
+        self.layers[1].requires_grad_(False)
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_a_checkpoint_around_several_units():
+    compare(Checkpointed, (Odd, Layer))
 
 
 # ---- a parameter read outside of its unit --------------------------------------------------------

@@ -45,7 +45,7 @@ class Stage0(nn.Module):
         self.module, self.units = module, units
         self.group, self.overlap, self.mixed_precision = group, overlap, mixed_precision
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        self._in_full_params = False
+        self._in_full_params = self._in_backward = False
         self._checker = check.checker(group) if checked else None
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
 
@@ -68,7 +68,6 @@ class Stage0(nn.Module):
         self._named_parameters = [(name, owned[name]) for name in original_names]
 
         self._sync = True  # whether backward reduces: False inside no_sync()
-        self._in_backward = False
         self._queue = []  # units that this backward has yet to reduce, the next one last
         self._in_flight = None  # (unit, its reduced gradient, handle)
 

@@ -95,10 +95,15 @@ class Stage3(Stage2):
 
     def _let_go(self, unit):
         show_in_module(unit, unit.placeholders)
-        for p in unit.params:  # for who kept a reference: an empty tensor, not a dangling one
-            p.data = p.data.new_empty(0)
+        if not self._in_backward:  # while it runs, a checkpoint compares the shapes of what it kept
+            self._empty(unit)
         unit.flat.untyped_storage().resize_(0)
         unit.gathered = False
+
+    def _empty(self, unit):
+        """For who kept a reference to a parameter: an empty tensor, not a dangling one."""
+        for p in unit.params:
+            p.data = p.data.new_empty(0)
 
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
@@ -202,6 +207,8 @@ class Stage3(Stage2):
             unit.in_backward = False
             if unit.module not in running:
                 self._reshard(unit)
+                if not unit.gathered:
+                    self._empty(unit)
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
