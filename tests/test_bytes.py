@@ -205,6 +205,8 @@ def send_much(op):
 def test_the_kernel_counts_what_the_trace_records(op):
     answers = toy.ranks(send_much, 3, op)
     recorded = sum(sent for sent, _ in answers)
+    if op == "broadcast":
+        assert answers[0][0] == recorded  # rank 0 is the one that sends
     assert recorded == {"broadcast": 2, "reduce_scatter": 2, "all_gather": 2,
                         "all_reduce": 4}[op] * 1_500_000 * FP32
     counted = max(count for _, count in answers)
