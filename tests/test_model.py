@@ -283,6 +283,42 @@ def test_a_unit_used_twice(reshard_after_forward):
             reshard_after_forward=reshard_after_forward)
 
 
+def twice_through_the_graph_of_a_unit_used_twice(stage):
+    torch.manual_seed(0)
+    model = zero_ref.wrap(Twice([Layer(), Layer(), Layer()]), stage)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(data(0, dist.get_rank())).square().mean()
+    for _ in range(3):
+        loss.backward(retain_graph=True)
+    opt.step()
+    return model.state_dict()
+
+
+def test_twice_through_the_graph_of_a_unit_used_twice():
+    for stages in toy.ranks(
+            lambda: [twice_through_the_graph_of_a_unit_used_twice(s) for s in STAGES], 2):
+        assert all(toy.equal(weights, stages[0]) for weights in stages)
+
+
+class TwoOfOne(Layer):
+    def forward(self, x):
+        y = super().forward(x).t()
+        return y, y
+
+
+class UsesBoth(Stack):
+    def forward(self, x):
+        for layer in self.layers:
+            a, b = layer(x)
+            assert a is b
+            x = (torch.tanh(a) * torch.sin(b) + torch.cos(a) * torch.exp(b) + a * 0.3 + b * 0.7).t()
+        return x
+
+
+def test_a_unit_that_returns_one_view_twice():
+    compare(lambda: UsesBoth([TwoOfOne(), TwoOfOne()]), TwoOfOne)
+
+
 class Recurrent(Stack):
     """Its unit runs first on what needs no gradient, then on its own output."""
 

@@ -107,7 +107,7 @@ class Module(nn.Module):
 
     def call(self, child, x):
         if self.spec.checkpoint:
-            return checkpoint(child, x, use_reentrant=False, determinism_check="none")
+            return checkpoint(child, x, use_reentrant=False)
         return child(x)
 
 

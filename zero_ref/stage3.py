@@ -143,7 +143,9 @@ class Stage3(Stage2):
         units = self._units_of.get(submodule, [])
         if not units:
             return output
-        output = map_tensors(lambda x: x.clone() if _is_fragile(x, units) else x, output)
+        clones = {}  # one of each
+        output = map_tensors(lambda x: clones.setdefault(x, x.clone()) if _is_fragile(x, units)
+                             else x, output)
         if torch.is_grad_enabled():
             self._refuse_opaque(units[0], output)
             self._on_grad_of(output, "_pre_backward", submodule, self._open_calls.pop())
