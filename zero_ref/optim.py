@@ -19,7 +19,7 @@ ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, opt
 
 def watch(model):
     """Check every optimizer that holds parameters of `model` before its step, and call
-    `model._after_step(units)` after it. Returns the hooks."""
+    `model._follow(units)` after it. Returns the hooks."""
     ref = weakref.ref(model)
 
     def before(optimizer, args, kwargs):
@@ -37,7 +37,7 @@ def watch(model):
         for unit in units:  # a graph from before the step may not be differentiated any more
             torch.autograd.graph.increment_version(unit.params)
         if units:
-            ref()._after_step(units)
+            ref()._follow(units)
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 

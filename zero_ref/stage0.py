@@ -32,7 +32,7 @@ from .tree import map_tensors, tensors_in
 from .units import refuse_thawed
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
-_in_backward = defaultdict(list)  # name of a group -> its models in this backward, as they began
+_running_backward = defaultdict(list)  # name of a group -> its models in backward, as they began
 
 
 class Stage0(nn.Module):
@@ -100,7 +100,7 @@ class Stage0(nn.Module):
         self._drop_failed_backward()
         refuse_thawed(self.units)
         # Somebody wrote into model.parameters(), to clip weights for instance: all ranks need that.
-        self._after_step([u for u in self.trainable if u.version != u.master._version])
+        self._follow([u for u in self.trainable if u.version != u.master._version])
         if self.training and torch.is_grad_enabled():
             buffers.broadcast(self.module, self.group, "forward")
         if self.mixed_precision is not None and not self._in_full_params:
@@ -132,7 +132,7 @@ class Stage0(nn.Module):
         first parameter, should the output be hidden."""
         if not self._in_backward:
             self._in_backward = True
-            _in_backward[self.group.group_name].append(weakref.ref(self))
+            _running_backward[self.group.group_name].append(weakref.ref(self))
             # Always the same order on every rank, whatever order the gradients arrive in.
             self._queue = list(self.trainable)
             for unit in self.trainable:
@@ -162,7 +162,7 @@ class Stage0(nn.Module):
     def _others_come_first(self):
         """Whether another model that this backward came to earlier still has units to reduce: on
         every rank one comes after the other, also where a gradient is missing."""
-        models = [ref() for ref in _in_backward[self.group.group_name]]
+        models = [ref() for ref in _running_backward[self.group.group_name]]
         return any(m is not None and m._queue for m in models[: models.index(self)])
 
     def _start_reduction(self, unit):
@@ -224,7 +224,7 @@ class Stage0(nn.Module):
             unit.gaps.clear()
             unit.grad = None
         self._in_backward, self._in_flight, self._queue = False, None, []
-        _in_backward[self.group.group_name].remove(weakref.ref(self))
+        _running_backward[self.group.group_name].remove(weakref.ref(self))
 
     def _drop_failed_backward(self):
         """A backward that raised never came to its end: forget it, or the next would add to it."""
@@ -250,11 +250,15 @@ class Stage0(nn.Module):
         """The slices of one owned parameter that this rank holds: {rank: 1-D view}."""
         return unit.slices_of(index, tensor)
 
+    def _follow(self, units):
+        """The optimizer's parameters of these units have new values: the module's follow."""
+        self._after_step(units)
+        for unit in units:
+            unit.version = unit.master._version
+
     def _after_step(self, units):
-        """Called when an optimizer has updated parameters of these units."""
         for unit in units:
             unit.flat.copy_(unit.master)  # nothing without mixed precision: they are one
-            unit.version = unit.master._version
 
     def clip_grad_norm_(self, max_norm, norm_type=2.0):
         """Scale all gradients so that their global norm is at most `max_norm`.

@@ -52,9 +52,8 @@ class Stage1(Stage0):
             unit.shard.copy_(unit.master)  # nothing without mixed precision: they are one
         handles = [comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase="step")
                    for unit in units]
-        for unit, handle in zip(units, handles):
+        for handle in handles:
             handle.wait()
-            unit.version = unit.master._version
 
     def _share_norms(self, norms):
         # Every entry is zero on all ranks but one, so this sum is exact.

@@ -224,7 +224,6 @@ class Stage3(Stage2):
     def _after_step(self, units):
         for unit in units:
             unit.shard.copy_(unit.master)
-            unit.version = unit.master._version
             # Gathered still, if a forward was not followed by its backward: outdated.
             self._reshard(unit)
 
