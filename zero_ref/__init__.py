@@ -10,6 +10,7 @@ import torch.distributed as dist
 from . import check as checking
 from . import comm, memory
 from .launch import RankError, init, launch
+from .notebook import load_ipython_extension
 from .partition import partition
 from .precision import GradScaler, MixedPrecision, own_precision
 from .stage0 import Stage0, wrapped
@@ -19,7 +20,7 @@ from .stage3 import Stage3
 from .trace import trace
 
 __all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
-           "init", "launch", "memory", "trace", "wrap"]
+           "init", "launch", "load_ipython_extension", "memory", "trace", "wrap"]
 __version__ = "0.1.0"
 
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}

@@ -44,6 +44,7 @@ class Handle:
         self._works, self._finish, self._event = works, finish, None
 
     def wait(self) -> None:
+        trace.awaited(self._event)
         for work in self._works:  # on NCCL the computing stream waits, not this thread
             work.wait()
         if self._finish is not None:
@@ -79,6 +80,7 @@ class _Job(Handle):
         self._done.release()
 
     def wait(self):
+        trace.awaited(self._event)
         with self._done:
             self._post = self._posted = None  # and with them the buffers that they used
         if self._error is not None:
@@ -166,6 +168,7 @@ def all_gather_object(obj, group, *, phase) -> list:
     """Every rank's (small, picklable) object, in rank order."""
     as_bytes = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
     event = _begin("all_gather_object", as_bytes, group, "", phase)
+    trace.awaited(event)
     objects = [None] * dist.get_world_size(group)
     dist.all_gather_object(objects, obj, group=group)
     trace.end(event)

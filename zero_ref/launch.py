@@ -7,6 +7,7 @@ safe even from a notebook.
 
 import atexit
 import io
+import math
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,7 @@ import threading
 import time
 import traceback
 import types
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 
@@ -24,7 +25,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from . import failure
+from . import failure, notebook
 
 _GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
 _pools: dict[tuple[int, str], "_Pool"] = {}
@@ -41,14 +42,26 @@ class RankError(RuntimeError):
         super().__init__(text)
         self.rank, self.kind, self.reason = rank, kind, reason
 
+    def _render_traceback_(self):  # in a notebook: the learner's frames, and none of ours
+        return str(self).splitlines()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or Kernel → Interrupt, while ranks were running. The text says where each was."""
+
+    def _render_traceback_(self):
+        return str(self).splitlines()
+
 
 def launch(fn, world_size, *args, backend=None):
     """Run `fn(*args)` on `world_size` ranks, joined in one process group. Returns the list of their
     results in rank order. The processes stay for the next call, with the modules they imported.
 
-    `fn` may be defined in a script or a notebook cell. What the ranks print appears here, each line
-    labelled with its rank. backend: by default gloo, and nccl for CUDA tensors too if every rank
-    can have a GPU of its own. Collectives give up after $ZERO_REF_TIMEOUT seconds (default 600).
+    `fn` may be defined in a script or a notebook cell. What the ranks print appears here while they
+    run, each line labelled with its rank; in a notebook it ends up in rank order. backend: by
+    default gloo, and nccl for CUDA tensors too if every rank can have a GPU of its own. Collectives
+    give up after $ZERO_REF_TIMEOUT seconds (default 600). Ctrl-C ends the ranks and says where they
+    were.
 
     Raises RankError within seconds if a rank fails (all ranks are ended then, and the next call
     starts new ones), and ValueError if world_size is below 1.
@@ -66,9 +79,15 @@ def launch(fn, world_size, *args, backend=None):
             pool = _pools[world_size, backend] = _Pool(world_size, backend)
         try:
             return pool.run(job)
-        except BaseException:  # also Ctrl-C: the ranks' state is unknown now
-            pool.close()
-            raise
+        except KeyboardInterrupt:
+            text = ["Interrupted. All ranks were ended; the next call starts new ones.",
+                    *pool.where(range(world_size), patience=0.3)]
+            raise Interrupted("\n".join(text)) from None
+        except RankError as error:
+            raise error from None  # which has the traceback that matters in its text
+        finally:
+            if sys.exception() is not None:  # the ranks' state is unknown now
+                pool.close()
 
 
 def init(backend=None):
@@ -143,22 +162,25 @@ class _Pool:
         for connection in self.jobs:
             connection.send_bytes(job)
         results, failures = {}, {}
-        waiting, deadline = dict(zip(self.jobs, range(len(self.jobs)))), None
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            patience = None if deadline is None else max(0, deadline - time.monotonic())
-            for connection in wait(list(waiting), patience):
-                rank = waiting[connection]
-                try:
-                    kind, value = pickle.loads(connection.recv_bytes())
-                except (EOFError, ConnectionError):
-                    kind, value = "failed", self._obituary(rank)
-                if kind == "line":
-                    print(f"[rank {rank}] {value}", flush=True)
-                    continue
-                (results if kind == "done" else failures)[rank] = value
-                del waiting[connection]
-                if kind == "failed" and deadline is None:
-                    deadline = time.monotonic() + _GRACE
+        waiting, deadline = dict(zip(self.jobs, range(len(self.jobs)))), math.inf
+        with notebook.output(len(self.ranks)) as output:
+            while waiting and time.monotonic() < deadline:
+                wake = min(deadline, output.due())
+                patience = None if wake == math.inf else max(0, wake - time.monotonic())
+                for connection in wait(list(waiting), patience):
+                    rank = waiting[connection]
+                    try:
+                        kind, value = pickle.loads(connection.recv_bytes())
+                    except (EOFError, ConnectionError):
+                        kind, value = "failed", self._obituary(rank)
+                    if kind == "line":
+                        output.line(rank, value)
+                        continue
+                    output.done(rank)
+                    (results if kind == "done" else failures)[rank] = value
+                    del waiting[connection]
+                    if kind == "failed":
+                        deadline = min(deadline, time.monotonic() + _GRACE)
         if failures:
             raise self._error(failures, sorted(waiting.values()))
         return [results[rank] for rank in range(len(self.ranks))]
@@ -167,27 +189,56 @@ class _Pool:
         self.ranks[rank].join(1)
         code = self.ranks[rank].exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
-        return _Failure(time.monotonic(), "ProcessDied", f"its process ended with {how}", "")
+        return _Failure(time.monotonic(), "ProcessDied", f"its process ended with {how}")
 
     def _error(self, failures, still_waiting):
         """The earliest failure is the cause; the others' are usually its consequences."""
         first, *others = sorted(failures, key=lambda rank: failures[rank].when)
         cause = failures[first]
-        text = [f"rank {first} raised {cause.kind}: {cause.reason}", cause.traceback]
+        text = [f"rank {first} raised {cause.kind}: {cause.reason}"]
+        if cause.traceback:
+            text.append("".join(_with_source(cause.traceback).format()).rstrip())
         for rank in others:
             f = failures[rank]
             same = (f.kind, f.reason) == (cause.kind, cause.reason)
             text.append(f"rank {rank} raised " + ("the same" if same else f"{f.kind}: {f.reason}"))
-        for rank in still_waiting:
-            text.append(f"rank {rank} was still at\n{self._where(rank)}")
+        text += self.where(still_waiting, patience=2)
         return RankError("\n".join(text), first, cause.kind, cause.reason)
 
-    def _where(self, rank):
-        try:
-            self.controls[rank].send("where are you?")
-            return self.controls[rank].recv() if self.controls[rank].poll(2) else "  (no answer)"
-        except (EOFError, OSError):
-            return "  (its process is gone)"
+    def where(self, ranks, patience):
+        """Where each of these ranks is, as text. patience: seconds, for all of them together."""
+        deadline, text = time.monotonic() + patience, []
+        for rank in ranks:
+            with suppress(OSError):
+                self.controls[rank].send("where are you?")
+        for rank in ranks:
+            frames = None
+            with suppress(EOFError, OSError):
+                if self.controls[rank].poll(max(0, deadline - time.monotonic())):
+                    frames = self.controls[rank].recv()
+            if frames:
+                place = "".join(traceback.format_list(_named(frames))).rstrip()
+            else:
+                place = "  (no answer)" if frames is None else "  (between two calls)"
+            text.append(f"rank {rank} was still at\n{place}")
+        return text
+
+
+def _named(frames):
+    """Source lines are looked up here, because only the notebook knows what is in its cells."""
+    for frame in frames:
+        _ = frame.line
+        frame.filename = notebook.name_of_cell(frame.filename)
+    return frames
+
+
+def _with_source(error):
+    """The same for a TracebackException and those that it came from."""
+    for related in (error.__cause__, error.__context__):
+        if related is not None:
+            _with_source(related)
+    _named(error.stack)
+    return error
 
 
 @contextmanager
@@ -211,7 +262,7 @@ def _close_all():
 
 
 class _Failure:
-    def __init__(self, when, kind, reason, traceback):
+    def __init__(self, when, kind, reason, traceback=None):
         self.when, self.kind, self.reason, self.traceback = when, kind, reason, traceback
 
 
@@ -267,8 +318,8 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
         except BaseException as error:
             output.close_line()
             failure.annotate(error)
-            trace = "".join(traceback.format_exception(error))
-            send("failed", _Failure(time.monotonic(), type(error).__name__, str(error), trace))
+            what = type(error).__name__, str(error)
+            send("failed", _Failure(time.monotonic(), *what, _own_traceback(error)))
 
 
 def _answer_or_end(control):
@@ -280,9 +331,28 @@ def _answer_or_end(control):
             control.recv()
         except EOFError:
             break
-        stack = traceback.extract_stack(sys._current_frames()[main])
-        library = os.path.dirname(torch.__file__)
-        inside = next((i for i, f in enumerate(stack) if f.name == "_rank_main"), -1)
-        own = [f for f in stack[inside + 1 :] if not f.filename.startswith((library, "<frozen"))]
-        control.send("".join(traceback.format_list(own[-3:])).rstrip() or "  (between two calls)")
+        stack = traceback.walk_stack(sys._current_frames()[main])
+        stack = traceback.StackSummary.extract(stack, lookup_lines=False)
+        stack.reverse()
+        control.send(_own(stack)[-3:])
     os._exit(1)
+
+
+def _own_traceback(error):
+    """A TracebackException without the launcher's and torch's frames, and without source lines."""
+    report = traceback.TracebackException.from_exception(error, lookup_lines=False)
+    related = [report]
+    while related:
+        one = related.pop()
+        one.stack[:] = _own(one.stack)
+        related += [other for other in (one.__cause__, one.__context__) if other is not None]
+    return report
+
+
+def _own(stack):
+    """What lies between the launcher and torch: the frames of the function that was launched."""
+    last = max((i for i, f in enumerate(stack) if f.filename in (__file__, notebook.__file__)),
+               default=-1)
+    library = os.path.dirname(torch.__file__)
+    return traceback.StackSummary(f for f in stack[last + 1 :]
+                                  if not f.filename.startswith((library, "<frozen")))

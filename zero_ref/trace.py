@@ -15,8 +15,9 @@ class Event:
     """One collective, as one rank saw it.
 
     numel: elements of the whole buffer. bytes: the same in bytes. wire_bytes: what this rank has
-    to send. start, end: `time.monotonic()` seconds at which it was issued and at which its result
-    could be used (end is None while it is under way; on CUDA both are the host's times).
+    to send. start, awaited, end: `time.monotonic()` seconds at which it was issued, at which the
+    rank came to need its result, and at which that was there (None before; on CUDA the host's
+    times). From awaited to end, should end be later, the rank stood still.
     """
 
     rank: int
@@ -28,6 +29,7 @@ class Event:
     bytes: int
     wire_bytes: int
     start: float
+    awaited: float | None = None
     end: float | None = None
 
 
@@ -37,6 +39,9 @@ class Trace:
     def __init__(self):
         self.events: list[Event] = []
 
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+
     def wire_bytes(self) -> int:
         """Bytes that this rank had to send, over all recorded events."""
         return sum(event.wire_bytes for event in self.events)
@@ -45,7 +50,12 @@ class Trace:
 @contextmanager
 def trace():
     """Record this process's collectives until the block ends; traces may be nested."""
-    recording = Trace()
+    with recording_into(Trace()) as recording:
+        yield recording
+
+
+@contextmanager
+def recording_into(recording: Trace):
     _active.append(recording)
     try:
         yield recording
@@ -59,8 +69,14 @@ def begin(**facts) -> Event | None:
         return None
     event = Event(**facts, start=time.monotonic())
     for recording in _active:
-        recording.events.append(event)
+        recording.add(event)
     return event
+
+
+def awaited(event: Event | None) -> None:
+    """Called by comm.py when the rank starts to wait for the collective's result."""
+    if event is not None and event.awaited is None:
+        event.awaited = time.monotonic()
 
 
 def end(event: Event | None) -> None:

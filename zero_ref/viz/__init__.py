@@ -1,8 +1,21 @@
 """Pictures of what was recorded. Imported only by those who draw.
 
-One meaning per colour, everywhere. The colours are Okabe and Ito's, which stay apart in all three
-types of colour blindness, and keep the hues of figure 1 of the ZeRO paper.
+partition_map     a unit's flat buffer: whose parameters, which slice is whose
+stepper           a recorded step, one event at a time
+side_by_side      the same step at several stages
+memory_over_step  bytes held, from event to event
+timeline          who computed and who communicated when; chrome_trace writes it for Perfetto
+figure1           the paper's figure 1; explore_figure1 with sliders
+
+Each returns a `Picture`, or a widget that carries one for readers without a kernel.
 """
 
-PARAMETERS, GRADIENTS, OPTIMIZER, COMMUNICATION = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-PADDING, INK = "#999999", "#222222"
+from .figure1 import explore_figure1, figure1
+from .memory import memory_over_step
+from .partition_map import partition_map
+from .picture import Picture
+from .stepper import side_by_side, stepper
+from .timeline import chrome_trace, timeline
+
+__all__ = ["Picture", "chrome_trace", "explore_figure1", "figure1", "memory_over_step",
+           "partition_map", "side_by_side", "stepper", "timeline"]

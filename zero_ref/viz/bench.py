@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from . import INK
+from .palette import INK
 
 GREY = "#777777"
 

@@ -2,9 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from . import COMMUNICATION, GRADIENTS, INK, OPTIMIZER, PARAMETERS
-
-KINDS = {"parameters": PARAMETERS, "gradients": GRADIENTS, "optimizer": OPTIMIZER}
+from .palette import COMMUNICATION, INK, KINDS
 
 
 def draw(report):

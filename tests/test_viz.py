@@ -1,0 +1,193 @@
+"""The pictures show what was recorded: pixels and widgets, without a browser."""
+
+import base64
+import colorsys
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import zero_ref
+from zero_ref import course, memory, viz
+from zero_ref.record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
+from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
+from zero_ref.viz.stepper import StepDrawing
+
+
+def step(stage, overlap):
+    model = zero_ref.wrap(course.build(), stage, overlap=overlap)
+    optimizer = torch.optim.Adam(model.parameters())
+    for i in range(2):
+        x, y = course.batch(i, model.rank)
+        with record(model, optimizer) as recording:
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return recording
+
+
+@pytest.fixture(scope="module")
+def recordings():
+    """{(stage, world_size): one per rank}."""
+    return {(stage, n): zero_ref.launch(step, n, stage, stage == 3)
+            for stage in range(4) for n in (2, 4)}
+
+
+def pixels(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def rgb(colour):
+    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_cell_of_every_frame_has_its_colour(recordings, stage):
+    by_rank = recordings[stage, 4]
+    drawing = StepDrawing([by_rank], recordings[0, 4])
+    ax = drawing.grids[0][0].axes
+    seen = set()
+    for i in range(len(drawing.moments)):
+        image = pixels(drawing.png(i))
+        for (unit, rank, kind, s), square in drawing.corners.items():
+            letter = by_rank[rank].frames[i].held[unit][kind][s]
+            seen.add(letter)
+            expected = {OWNED: KINDS[kind], TEMPORARY: tint(KINDS[kind]), EMPTY: "#FFFFFF",
+                        ABSENT: PAPER}
+            x, y = ax.transData.transform(np.mean(square, axis=0))
+            colour = image[image.shape[0] - 1 - int(y), int(x)]
+            if letter != IN_FLIGHT:  # hatched
+                assert abs(colour - rgb(expected[letter])).max() <= 1, (i, unit, rank, kind, s)
+    assert seen >= {OWNED, IN_FLIGHT, TEMPORARY}
+
+
+def test_moving_the_slider_shows_that_event(recordings):
+    by_rank = recordings[3, 2]
+    widget = viz.stepper(by_rank, recordings[0, 2], start=2)
+    (controls, image), drawing = widget.children, StepDrawing([by_rank], recordings[0, 2])
+    play, back, on, slider, where = controls.children
+    assert image.value == drawing.png(2)
+    for event in (7, 3, 7):
+        slider.value = event
+        assert image.value == drawing.png(event)
+        assert where.value == f"{event} of {len(by_rank[0].frames) - 1}"
+    on.click()
+    assert slider.value == 8 and image.value == drawing.png(8)
+    back.click()
+    back.click()
+    assert image.value == drawing.png(6)
+    assert play.max == slider.max == len(by_rank[0].frames) - 1
+    slider.value = 0
+    back.click()
+    assert slider.value == 0
+
+
+def test_a_widget_carries_a_still_picture_and_words(recordings):
+    widget = viz.stepper(recordings[3, 2], start=4)
+    data, metadata = widget._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in data
+    still = StepDrawing([recordings[3, 2]]).png(4)
+    assert base64.b64decode(data["image/png"]) == still
+    assert data["text/plain"].startswith("Stage 3 on 2 ranks, event by event: start, all_gather 1")
+    assert metadata["image/png"]["alt"] == data["text/plain"]
+
+
+def test_stages_side_by_side_stop_at_what_all_compute(recordings):
+    widget = viz.side_by_side(*[recordings[stage, 4] for stage in range(4)])
+    names = [f"{what} {unit}".strip() for what, unit in
+             StepDrawing([recordings[s, 4] for s in range(4)]).moments]
+    assert names == ["start", "forward 1", "forward 3", "forward 5", "backward 5", "backward 3",
+                     "backward 1", "step", "end"]
+    assert widget.children[0].children[-1].value == "backward 5"
+
+
+def test_recordings_that_do_not_fit_are_refused(recordings):
+    with pytest.raises(ValueError, match=r"1 rank\(s\): the stepper draws 2 to 8"):
+        viz.stepper(recordings[0, 2][:1])
+    with pytest.raises(ValueError, match="went through different events, from number 1 on"):
+        viz.stepper([recordings[0, 2][0], recordings[3, 2][1]])
+    with pytest.raises(ValueError, match="differently partitioned"):
+        viz.side_by_side(recordings[0, 2], recordings[1, 4])
+    with pytest.raises(ValueError, match="at least one"):
+        viz.memory_over_step()
+    with pytest.raises(ValueError, match="no units"):
+        viz.partition_map([])
+
+
+def test_the_partition_map_says_who_owns_what():
+    picture = viz.partition_map(
+        zero_ref.launch(lambda: layout(zero_ref.wrap(course.build(), 1)), 3)[0])
+    assert picture.text == ("unit 1: 1.weight 1024 | 1.bias 16 | padding 1; 3 slices of 347\n"
+                            "unit 3: 3.weight 256 | 3.bias 16 | padding 1; 3 slices of 91\n"
+                            "unit 5: 5.weight 160 | 5.bias 10 | padding 1; 3 slices of 57")
+    assert pixels(picture.png()).std() > 10
+
+
+def test_memory_over_a_step_marks_rest_and_peak(recordings):
+    of_rank_0 = [recordings[stage, 4][0] for stage in range(4)]
+    formula = {s: sum(memory.model_states([1040, 272, 170], 4, s).values()) for s in range(4)}
+    picture = viz.memory_over_step(*of_rank_0, formula=formula)
+    for stage, line in enumerate(picture.text.splitlines()):
+        frames = of_rank_0[stage].frames
+        peak = max(sum(frame.bytes.values()) for frame in frames)
+        assert line.startswith(f"stage {stage}: {bytes_text(formula[stage])} at rest, "
+                               f"{bytes_text(peak)} at the peak")
+    assert pixels(picture.png()).std() > 10
+
+
+def test_the_timeline_and_its_trace_file(recordings, tmp_path):
+    by_rank = recordings[3, 2]
+    picture = viz.timeline(by_rank)
+    assert "stage 3 on 2 ranks, overlapped" in picture.text
+    assert pixels(picture.png()).std() > 10
+    viz.chrome_trace(by_rank, tmp_path / "trace.json")
+    entries = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    sent = [e["args"]["wire_bytes"] for e in entries if e["pid"] == 0 and "op" in e.get("args", {})]
+    assert sum(sent) == by_rank[0].frames[-1].sent
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in entries if e["ph"] == "X")
+
+
+def test_figure_1_has_the_papers_numbers_and_its_sliders_move_it():
+    assert viz.figure1().text == (
+        "7,500,000,000 parameters on 64 ranks: stage 0: 120.00 GB; stage 1: 31.41 GB; "
+        "stage 2: 16.64 GB; stage 3: 1.88 GB")
+    widget = viz.explore_figure1()
+    (numels, ranks), values, stage = widget.children[0].children, *widget.children[1:3]
+    for control, value in ((ranks, 8), (values, (4, 4, 8)), (stage, 1), (numels, 1_000_000)):
+        before = widget.children[3].value
+        control.value = value
+        assert widget.children[3].value != before
+    assert widget.children[3].value == viz.figure1(1_000_000, 8, (4, 4, 8), 1).png()
+
+
+def seen_by(colour, matrix):
+    """A colour as somebody sees it whose eyes lack one kind of cone."""
+    linear = [(c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4)
+              for c in rgb(colour)]
+    return np.clip(np.array(matrix) @ linear, 0, 1)
+
+
+# Machado, Oliveira and Fernandes, A Physiologically-based Model for Simulation of Color Vision
+# Deficiency, 2009, severity 1: protanopia, deuteranopia, tritanopia.
+BLIND = {
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                   [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                     [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602],
+                   [0.004733, 0.691367, 0.303900]],
+}
+
+
+@pytest.mark.parametrize("kind", BLIND)
+def test_the_colours_stay_apart_for_the_colour_blind(kind):
+    colours = [*KINDS.values(), viz.palette.COMMUNICATION]
+    seen = [seen_by(colour, BLIND[kind]) for colour in colours]
+    for i, a in enumerate(seen):
+        for b in seen[:i]:
+            assert np.abs(a - b).max() > 0.1
+    assert len({round(colorsys.rgb_to_hsv(*rgb(c) / 255)[0], 1) for c in colours}) == 4

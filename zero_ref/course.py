@@ -1,0 +1,73 @@
+"""What the notebooks share: a small net, real data, code shown from the package, checks."""
+
+import inspect
+import textwrap
+
+import torch
+from torch import nn
+
+from . import data
+
+_SCREENFUL = 60  # lines
+
+
+def build(seed=0):
+    """Three layers for the 8×8 digits: (batch, 1, 8, 8) → (batch, 10) logits. 1,482 parameters."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(),
+                         nn.Linear(16, 10))
+
+
+def batch(step, rank, size=8):
+    """The images and labels of one rank at one step: of every rank others, (size, 1, 8, 8) and
+    (size,)."""
+    digits = data.load("digits").train.tensors
+    first = (step * 64 + rank * size) % (len(digits[0]) - size)
+    return tuple(tensor[first : first + size] for tensor in digits)
+
+
+def show(*objects):
+    """Show functions, methods or classes as they are in the package."""
+    from IPython.display import display
+
+    for i, thing in enumerate(objects):
+        code = textwrap.dedent(inspect.getsource(thing)).rstrip()
+        if code.count("\n") >= _SCREENFUL:
+            raise ValueError(f"{thing.__qualname__} has {code.count(chr(10)) + 1} lines: show at "
+                             f"most {_SCREENFUL} at a time")
+        file = inspect.getsourcefile(thing).replace("\\", "/").split("zero_ref/")[-1]
+        head = f"# zero_ref/{file}" if i == 0 else "#"
+        bundle = {"text/plain": f"{head}\n{code}",
+                  "text/markdown": f"```python\n{head}\n{code}\n```"}
+        display(bundle, raw=True)
+
+
+def verdict(what, predicted, measured):
+    """Hold the learner's prediction against what was measured."""
+    if predicted is None:
+        print(f"{what}: measured {_number(measured)}. Type your prediction in above and run again.")
+    else:
+        right = predicted == measured
+        print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)}"
+              f" — {'right' if right else 'not what you expected: why?'}")
+
+
+def same_bits(reference, *others):
+    """Whether state dicts hold the same names with the same bits."""
+    return all(reference.keys() == other.keys()
+               and all(torch.equal(reference[name], other[name]) for name in reference)
+               for other in others)
+
+
+def check_stages(weights):
+    """weights: {stage: what state_dict() gave}. Prints which equal stage 0's, bit for bit. Raises
+    AssertionError if one does not."""
+    for stage, state in weights.items():
+        if stage != 0:
+            equal = same_bits(weights[0], state)
+            print(f"check: stage {stage} equals stage 0, bit for bit: {'yes' if equal else 'NO'}")
+            assert equal, f"the weights of stage {stage} are not those of stage 0"
+
+
+def _number(value):
+    return f"{value:,}" if isinstance(value, int | float) else str(value)

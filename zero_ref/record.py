@@ -1,0 +1,228 @@
+"""Record a training step: what this rank holds of every unit, from one event to the next.
+
+    with record(model, optimizer) as step:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+`zero_ref.viz` draws what every rank has recorded. What is held is read off the storages that are
+alive at that moment; the stages know nothing of it.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from . import memory
+from .trace import Event, Trace, recording_into
+
+# What a rank has of one slice of a unit: a letter each, so that "og  " are four slices.
+OWNED = "o"  # this rank's own, whose optimizer states and updates are its task
+TEMPORARY = "t"  # somebody else's parameters, or gradients that are not summed over the ranks yet
+IN_FLIGHT = "f"  # part of a collective that this rank has issued and not yet waited for
+EMPTY = "e"  # memory is there, but holds nothing that counts
+ABSENT = " "
+
+_GATHERS, _REDUCES = {"all_gather"}, {"reduce_scatter", "all_reduce"}
+
+
+@dataclass
+class Layout:
+    """A unit's flat buffer. offsets: where each parameter begins, then where the last one ends."""
+
+    name: str
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    offsets: list[int]
+    numel: int
+    padded_numel: int
+    world_size: int
+    frozen: bool
+
+
+@dataclass
+class Frame:
+    """What a rank held at one moment of a step.
+
+    what: "start", "forward", "backward", "reshard", "step", "end" or the name of the collective
+    that was just issued. time: `time.monotonic()` seconds. held: {unit: {"parameters": …,
+    "gradients": …, "optimizer": …}}, each a letter per slice. bytes: `memory.resident` at this
+    moment. sent: bytes that this rank has had to send since the start, this collective's included.
+    """
+
+    what: str
+    unit: str
+    phase: str
+    time: float
+    held: dict[str, dict[str, str]]
+    bytes: dict[str, int]
+    sent: int
+    wire_bytes: int = 0
+
+
+@dataclass
+class Span:
+    """Time in which a rank computed (or waited for what it needed to), in `time.monotonic()`."""
+
+    phase: str
+    unit: str
+    start: float
+    end: float
+
+
+@dataclass
+class Recording:
+    """One rank's step. Plain data: it can be sent, kept and compared."""
+
+    rank: int
+    world_size: int
+    stage: int
+    overlap: bool
+    units: list[Layout]
+    frames: list[Frame] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+
+
+def layout(model):
+    """The flat buffers of a wrapped model, as a list of Layouts, which any process may draw."""
+    return [Layout(u.name, list(u.names), [tuple(shape) for shape in u.shapes], list(u.offsets),
+                   u.numel, u.padded_numel, u.world_size, u.frozen)
+            for u in model.units if u.numel]
+
+
+@contextmanager
+def record(model, optimizer=None):
+    """Record this rank's part of what happens inside. Yields a Recording, filled at the end.
+
+    model: what `zero_ref.wrap` returned. The optimizer's states exist from its first step on, so
+    record the second step to see them from the start.
+    """
+    recording = Recording(model.rank, model.world_size, model.stage, model.overlap, layout(model))
+    recorder = _Recorder(model, optimizer, recording)
+    hooks = recorder.register_hooks()
+    try:
+        with recording_into(recorder):
+            recorder.frame("start")
+            yield recording
+            recorder.frame("end")
+    finally:
+        recording.events = recorder.events
+        for hook in hooks:
+            hook.remove()
+
+
+class _Recorder(Trace):
+    """Takes a frame at each collective, and where a unit's forward and backward begin and end."""
+
+    def __init__(self, model, optimizer, recording):
+        super().__init__()
+        self.model, self.optimizer, self.recording = model, optimizer, recording
+        self.mark = time.monotonic()  # when the last span ended
+        self.gradients = {}  # unit -> indices of the parameters that backward has come to
+
+    def add(self, event):
+        super().add(event)
+        self.frame(event.op, event.unit, event.phase, event.wire_bytes)
+
+    def frame(self, what, unit="", phase="", wire_bytes=0):
+        self.recording.frames.append(Frame(
+            what, unit, phase, time.monotonic(), self.held(),
+            memory.resident(self.model, self.optimizer), self.wire_bytes(), wire_bytes))
+
+    def span(self, phase, unit, start):
+        self.mark = time.monotonic()
+        self.recording.spans.append(Span(phase, unit, start, self.mark))
+
+    # ---- what is held ----------------------------------------------------------------------------
+
+    def held(self):
+        in_flight = {(event.unit, event.op) for event in self.events if event.awaited is None}
+        return {unit.name: {
+            "parameters": self.parameters(unit, any((unit.name, op) in in_flight
+                                                    for op in _GATHERS)),
+            "gradients": self.gradient(unit, any((unit.name, op) in in_flight
+                                                 for op in _REDUCES)),
+            "optimizer": self.states(unit),
+        } for unit in self.model.units if unit.numel}
+
+    def slices(self, unit, own, others):
+        """A letter per slice. own: for those that this rank's optimizer updates."""
+        everything = unit.master.numel() == unit.padded_numel and not unit.frozen
+        return "".join(own if everything or rank == unit.rank else others
+                       for rank in range(unit.world_size))
+
+    def parameters(self, unit, in_flight):
+        if in_flight:
+            return self.slices(unit, OWNED, IN_FLIGHT)
+        return self.slices(unit, OWNED, TEMPORARY if _alive(unit.flat) else ABSENT)
+
+    def gradient(self, unit, in_flight):
+        if in_flight:
+            return IN_FLIGHT * unit.world_size
+        if _alive(unit.grad) or any(p.grad is not None for p in unit.params):
+            return TEMPORARY * unit.world_size
+        kept = [b for b in unit.kept_grads.values() if _alive(b)]
+        reduced = [p.grad for p in unit.owned if p.grad is not None]
+        sizes = [b.untyped_storage().nbytes() // b.itemsize for b in kept + reduced]
+        memory_of = max(sizes, default=0)
+        own = OWNED if reduced else EMPTY if memory_of else ABSENT
+        return self.slices(unit, own, EMPTY if memory_of >= unit.padded_numel else ABSENT)
+
+    def states(self, unit):
+        known = self.optimizer.state if self.optimizer is not None else {}
+        has = any(key != "step" for p in unit.owned for key in known.get(p, ()))
+        return self.slices(unit, OWNED if has else ABSENT, ABSENT)
+
+    # ---- where ----------------------------------------------------------------------------------
+
+    def register_hooks(self):
+        hooks, units = [], [unit for unit in self.model.units if unit.numel]
+        for module in dict.fromkeys(unit.module for unit in units):
+            name = next(unit.name for unit in units if unit.module is module)
+            hooks.append(module.register_forward_pre_hook(self.enters(name)))
+            hooks.append(module.register_forward_hook(self.leaves(name)))
+        for unit in units:
+            for index, p in enumerate(unit.params):
+                if p.requires_grad:
+                    hooks.append(p.register_hook(self.has_gradient(unit, index)))
+        if self.optimizer is not None:
+            hooks.append(self.optimizer.register_step_pre_hook(self.begins_step))
+            hooks.append(self.optimizer.register_step_post_hook(self.ends_step))
+        return hooks
+
+    def enters(self, name):
+        def hook(module, args):
+            self.frame("forward", name, "forward")
+            self.started = time.monotonic()
+        return hook
+
+    def leaves(self, name):
+        def hook(module, args, output):
+            self.span("forward", name, self.started)
+            if self.held() != self.recording.frames[-1].held:
+                self.frame("reshard", name, "forward")
+        return hook
+
+    def has_gradient(self, unit, index):
+        def hook(grad):  # before it is accumulated, so before the stage's own hook
+            came = self.gradients.setdefault(unit, set())
+            came.add(index)
+            if len(came) == unit.expected:
+                del self.gradients[unit]
+                self.frame("backward", unit.name, "backward")
+                self.span("backward", unit.name, self.mark)
+        return hook
+
+    def begins_step(self, *_):
+        self.gradients.clear()  # of units with unused parameters
+        self.frame("step", "", "step")
+        self.started = time.monotonic()
+
+    def ends_step(self, *_):
+        self.span("step", "", self.started)
+
+
+def _alive(buffer):
+    return buffer is not None and buffer.untyped_storage().nbytes() > 0

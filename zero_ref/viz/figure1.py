@@ -1,0 +1,96 @@
+"""Figure 1 of the ZeRO paper, for any model: memory per rank at each stage."""
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from .. import memory
+from .palette import INK, KINDS
+from .picture import Picture, live
+
+_NAMES = ["stage 0\n(baseline)", "stage 1\n$P_{os}$", "stage 2\n$P_{os+g}$",
+          "stage 3\n$P_{os+g+p}$"]
+
+
+class _Bytes:
+    """What `memory.model_states` asks of a dtype."""
+
+    def __init__(self, itemsize):
+        self.itemsize = itemsize
+
+
+def figure1(numel=7_500_000_000, world_size=64, bytes_per_value=(2, 2, 12), stage=None):
+    """Bars by `zero_ref.memory.model_states`, which tests hold to what is measured.
+
+    bytes_per_value: of a parameter, its gradient and its optimizer states; the paper's
+    mixed-precision Adam is (2, 2, 12), fp32 Adam (4, 4, 8). stage: the one to emphasize.
+    """
+    rows = [_states(numel, world_size, s, bytes_per_value) for s in range(4)]
+    figure = Figure(figsize=(9, 3.1), layout="constrained", dpi=100)
+    ax = figure.subplots()
+    unit, name = _unit(sum(rows[0].values()))
+    for y, row in enumerate(rows):
+        left = 0
+        for kind, colour in KINDS.items():
+            ax.barh(y, row[kind] / unit, left=left, color=colour, height=0.7,
+                    alpha=1 if stage in (None, y) else 0.35)
+            left += row[kind] / unit
+        ax.annotate(f"{left:,.2f} {name}", (left, y), xytext=(6, 0), va="center", color=INK,
+                    textcoords="offset points", weight="bold" if stage == y else "normal")
+    ax.set_yticks(range(4), _NAMES)
+    ax.invert_yaxis()
+    ax.set_xlim(0, sum(rows[0].values()) / unit * 1.14)
+    ax.set_xlabel(f"{name} of model states per rank (1 {name} = {unit:,} bytes)")
+    ax.legend(handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()],
+              frameon=False, loc="lower right")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_title(f"Ψ = {numel:,} parameters, N = {world_size} ranks, bytes per parameter: "
+                 f"{' + '.join(map(str, bytes_per_value))}", loc="left", fontsize=11)
+    text = "; ".join(f"stage {s}: {sum(row.values()) / unit:,.2f} {name}"
+                     for s, row in enumerate(rows))
+    return Picture(figure, f"{numel:,} parameters on {world_size} ranks: {text}")
+
+
+def explore_figure1(numel=7_500_000_000, world_size=64):
+    """The same with sliders for parameters, ranks, bytes per value and stage: a widget."""
+    import ipywidgets
+    from ipywidgets import Layout
+
+    wide = {"layout": Layout(width="420px"), "style": {"description_width": "130px"}}
+    sizes = [int(m * 10**e) for e in range(6, 12) for m in (1, 1.5, 2, 3, 5, 7.5)] + [10**12]
+    numels = ipywidgets.SelectionSlider(
+        options=[(f"{n:,}", n) for n in sorted({*sizes, numel})], value=numel,
+        description="parameters Ψ", **wide)
+    ranks = ipywidgets.SelectionSlider(options=sorted({*(2**i for i in range(11)), world_size}),
+                                       value=world_size, description="ranks N", **wide)
+    values = ipywidgets.SelectionSlider(
+        options=[("2 + 2 + 12: 16 bit with fp32 Adam", (2, 2, 12)),
+                 ("2 + 4 + 12: the same, gradients in fp32", (2, 4, 12)),
+                 ("4 + 4 + 8: Adam in fp32", (4, 4, 8)),
+                 ("4 + 4 + 4: momentum in fp32", (4, 4, 4))],
+        description="bytes per value", layout=Layout(width="640px"),
+        style={"description_width": "130px"})
+    stage = ipywidgets.IntSlider(value=3, max=3, description="stage", **wide)
+    drawn = {}
+
+    def picture():
+        key = numels.value, ranks.value, values.value, stage.value
+        if key not in drawn:
+            drawn[key] = figure1(*key)
+        return drawn[key]
+
+    image = ipywidgets.Image(value=picture().png(), format="png", layout=Layout(width="900px"))
+    for control in (numels, ranks, values, stage):
+        control.observe(lambda _: setattr(image, "value", picture().png()), "value")
+    controls = [ipywidgets.HBox([numels, ranks]), values, stage]
+    return live(controls, image, lambda: picture().png(), picture().text, 900)
+
+
+def _states(numel, world_size, stage, bytes_per_value):
+    parameter, gradient, optimizer = map(_Bytes, bytes_per_value)
+    return memory.model_states(numel, world_size, stage, param_dtype=parameter,
+                               grad_dtype=gradient, optimizer_dtypes=(optimizer,))
+
+
+def _unit(nbytes):
+    return next(((u, n) for u, n in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")) if nbytes >= u),
+                (1, "bytes"))

@@ -1,0 +1,342 @@
+"""A recorded step, one event at a time: what every rank holds of every unit."""
+
+import io
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PolyCollection
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
+
+from ..record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
+from .palette import (
+    BACKWARD,
+    COMMUNICATION,
+    FORWARD,
+    INK,
+    KINDS,
+    OPTIMIZER,
+    PAPER,
+    SHORT,
+    bytes_text,
+    tint,
+)
+from .picture import slides
+
+_MOST_UNITS, _MOST_RANKS = 12, 8
+_SAY = {
+    "start": "before the step",
+    "forward": "unit {unit} runs forward",
+    "reshard": "unit {unit}: all but the own slice is let go",
+    "backward": "backward has computed the gradients of unit {unit}",
+    "step": "the optimizer updates what it owns",
+    "end": "after the step and zero_grad()",
+    "all_gather": "all_gather: everyone sends its slice of unit {unit} to everyone",
+    "reduce_scatter": "reduce_scatter: unit {unit}'s gradients are summed, each owner gets its "
+                      "slice",
+    "all_reduce": "all_reduce: unit {unit}'s gradients are summed for everyone",
+    "broadcast": "broadcast: rank 0's {unit}",
+}
+_RIBBON = {"forward": FORWARD, "backward": BACKWARD, "step": OPTIMIZER}
+
+
+def stepper(recordings, stage0=None, start=None):
+    """A widget with a slider over the events of one step.
+
+    recordings: one per rank, of 2 to 8 ranks. stage0: the recordings of the same step at stage 0,
+        whose bytes are drawn as a dotted line beside these. start: the event that is shown first,
+        and in the still picture; default: the first at which the most bytes are held.
+    Raises ValueError if the ranks did not go through the same events, or if there is too much to
+    draw.
+    """
+    drawing = StepDrawing([recordings], stage0)
+    frames = recordings[0].frames
+    if start is None:
+        totals = [sum(frame.bytes.values()) for frame in frames]
+        start = totals.index(max(totals))
+    events = ", ".join(f"{f.what} {f.unit}".rstrip() for f in frames)
+    text = f"Stage {recordings[0].stage} on {len(recordings)} ranks, event by event: {events}"
+    labels = [f"{i} of {len(frames) - 1}" for i in range(len(frames))]
+    return slides(drawing.png, labels, text, drawing.width, start)
+
+
+def side_by_side(*stages, start=None):
+    """A widget with a slider over the moments that all stages have in common: the forward and the
+    backward of each unit, and the optimizer's step.
+
+    stages: for each stage its recordings, one per rank. Raises ValueError as `stepper` does.
+    """
+    drawing = StepDrawing(list(stages))
+    moments = drawing.moments
+    if start is None:
+        start = next((i for i, m in enumerate(moments) if m[0] == "backward"), 0)
+    names = [f"{what} {unit}".rstrip() for what, unit in moments]
+    numbers = ", ".join(str(recordings[0].stage) for recordings in stages)
+    text = f"Stages {numbers} side by side on {len(stages[0])} ranks: {', '.join(names)}"
+    return slides(drawing.png, names, text, drawing.width, start)
+
+
+class StepDrawing:
+    """Draws any moment of a step, at one stage or at several side by side.
+
+    What does not change is drawn once. A new picture is that, with only the cells, bars and words
+    drawn over it.
+    """
+
+    def __init__(self, stages, stage0=None):
+        _check(stages)
+        self.stages = stages
+        self.several = len(stages) > 1
+        self.moments, self.position = _moments(stages)
+        first = stages[0][0]
+        self.ranks, self.units = len(stages[0]), first.units
+        reference = stage0 or stages[0]
+        self.most_held = max(sum(f.bytes.values()) for s in [*stages, reference] for r in s
+                             for f in r.frames)
+        self.most_sent = max(f.sent for s in [*stages, reference] for r in s for f in r.frames)
+        tall = (0.62 if self.ranks <= 4 else 0.5) * self.ranks
+        self.figure = Figure(figsize=(9, tall + (1.6 if self.several else 2.2)), dpi=100)
+        self.width = 900
+        self.canvas = FigureCanvasAgg(self.figure)
+        self.changing = []
+        self._draw_what_stays(stage0)
+        self.canvas.draw()
+        self.background = self.canvas.copy_from_bbox(self.figure.bbox)
+
+    def png(self, moment) -> bytes:
+        self.canvas.restore_region(self.background)
+        self._update(moment)
+        for artist in self.changing:
+            self.figure.draw_artist(artist)
+        file = io.BytesIO()
+        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(
+            file, "PNG", compress_level=1)
+        return file.getvalue()
+
+    # ---- what stays ------------------------------------------------------------------------------
+
+    def _draw_what_stays(self, stage0):
+        height = self.figure.get_figheight()
+        bottom, top = (0.85 if self.several else 1.35) / height, 1 - 0.62 / height
+        tall = top - bottom
+        self.title = self._changes(self.figure.text(0.012, 1 - 0.24 / height, "", fontsize=13,
+                                                    weight="bold", va="center"))
+        self.grids, self.bars, self.notes = [], [], []
+        if self.several:
+            wide = 0.925 / len(self.stages)
+            for i, recordings in enumerate(self.stages):
+                place = [0.075 + i * wide, bottom, wide - 0.02, tall]
+                ax = self._grid(place, ranks=i == 0)
+                ax.set_title(f"stage {recordings[0].stage}", loc="left", fontsize=11)
+                self.notes.append(self._changes(ax.text(
+                    0, -0.26 / (tall * height), "", transform=ax.transAxes, fontsize=9,
+                    va="top")))
+        else:
+            self._grid([0.075, bottom, 0.55, tall], ranks=True)
+            of = stage0 or []
+            held = max((sum(f.bytes.values()) for r in of for f in r.frames[:1]), default=None)
+            sent = max((r.frames[-1].sent for r in of), default=None)
+            self._bar_axes([0.655, bottom, 0.19, tall], "held", self.most_held, held)
+            self._bar_axes([0.87, bottom, 0.115, tall], "sent so far", self.most_sent, sent)
+            self._ribbon([0.075, 0.52 / height, 0.91, 0.27 / height])
+        self._legend(0.01)
+
+    def _grid(self, place, ranks):
+        ax = self.figure.add_axes(place)
+        n, gap = self.ranks, 0.8
+        ax.set_xlim(-0.2, len(self.units) * (n + gap) - gap + 0.2)
+        ax.set_ylim(self.ranks * 4 - 0.6, -0.4)
+        cells, colours = [], []
+        self.corners = {}
+        for u, unit in enumerate(self.units):
+            for rank in range(n):
+                for k, kind in enumerate(KINDS):
+                    for s in range(n):
+                        x, y = u * (n + gap) + s, rank * 4 + k
+                        square = [(x, y), (x + 0.92, y), (x + 0.92, y + 0.88), (x, y + 0.88)]
+                        self.corners[unit.name, rank, kind, s] = square
+                        cells.append(square)
+                        colours.append(PAPER)
+        ax.add_collection(PolyCollection(cells, facecolors=colours), autolim=False)
+        changing = [PolyCollection([], linewidths=1.1) for _ in range(3)]
+        changing[1].set_hatch("//////")
+        for collection in changing:
+            ax.add_collection(self._changes(collection), autolim=False)
+        self.grids.append(changing)
+        middle = [u * (n + gap) + n / 2 for u in range(len(self.units))]
+        names = [f"unit {unit.name}" if len(self.units) <= 4 and not self.several else unit.name
+                 for unit in self.units]
+        ax.set_xticks(middle, names, fontsize=9)
+        ax.set_yticks([r * 4 + 1.4 for r in range(n)], [f"rank {r}" for r in range(n)]
+                      if ranks else [""] * n, fontsize=10)
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+        return ax
+
+    def _bar_axes(self, place, title, most, stage0):
+        ax = self.figure.add_axes(place)
+        ax.set_xlim(0, most * 1.05 or 1)
+        ax.set_ylim(self.ranks * 4 - 0.6, -0.4)
+        ax.set_yticks([])
+        ax.set_xticks([0, most], ["0", bytes_text(most)], fontsize=8.5)
+        ax.set_title(title, loc="left", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        if stage0:
+            ax.axvline(stage0, color=INK, linestyle=":", linewidth=1.3)
+            ax.set_xticks([0, stage0], ["0", f"stage 0\n{bytes_text(stage0)}"], fontsize=8.5)
+        bars = self._changes(PolyCollection([]))
+        ax.add_collection(bars, autolim=False)
+        texts = [self._changes(ax.text(most * 0.03, r * 4 + 2.95, "", va="center", fontsize=8.5))
+                 for r in range(self.ranks)]
+        self.bars.append((bars, texts))
+
+    def _ribbon(self, place):
+        ax = self.figure.add_axes(place)
+        frames = self.stages[0][0].frames
+        ax.set_xlim(0, len(frames))
+        ax.set_ylim(0, 1)
+        ax.axis("off")
+        for i, frame in enumerate(frames):
+            if frame.what in SHORT:
+                ax.text(i + 0.48, 0.5, SHORT[frame.what], ha="center", va="center", zorder=5,
+                        fontsize=8.5 if len(frames) <= 32 else 6)
+        phase_of = [f.phase or "" for f in frames]
+        for phase in ("forward", "backward", "step"):
+            where = [i for i, p in enumerate(phase_of) if p == phase]
+            if where:
+                ax.text((where[0] + where[-1] + 1) / 2, -0.12, phase, ha="center", va="top",
+                        fontsize=9)
+        squares = [[(i + 0.04, 0), (i + 0.92, 0), (i + 0.92, 1), (i + 0.04, 1)]
+                   for i in range(len(frames))]
+        self.ribbon = PolyCollection(squares, zorder=1)
+        ax.add_collection(self._changes(self.ribbon), autolim=False)
+        for text in ax.texts[: sum(frame.what in SHORT for frame in frames)]:
+            self._changes(text)
+
+    def _legend(self, y):
+        patches = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
+        patches += [Patch(color=BACKWARD, label="its own"),
+                    Patch(color=tint(BACKWARD), label="a copy, or not yet summed"),
+                    Patch(facecolor="white", edgecolor=BACKWARD, label="memory without values"),
+                    Patch(facecolor="white", edgecolor=COMMUNICATION, hatch="//////",
+                          label="under way")]
+        self.figure.legend(handles=patches, loc="lower center", ncols=7, frameon=False,
+                           bbox_to_anchor=(0.5, y - 0.012), fontsize=9, columnspacing=1,
+                           handlelength=1.2, handletextpad=0.5)
+
+    def _changes(self, artist):
+        artist.set_animated(True)
+        self.changing.append(artist)
+        return artist
+
+    # ---- what changes ----------------------------------------------------------------------------
+
+    def _update(self, moment):
+        for recordings, positions, grid in zip(self.stages, self.position, self.grids):
+            self._update_grid(grid, [r.frames[positions[moment]] for r in recordings])
+        if self.several:
+            self._update_several(moment)
+        else:
+            self._update_one(moment)
+
+    def _update_grid(self, grid, frames):
+        solid, flying, outlined = [], [], []
+        colours, edges, hatched = [], [], []
+        for rank, frame in enumerate(frames):
+            for unit, held in frame.held.items():
+                for kind, letters in held.items():
+                    colour = KINDS[kind]
+                    for s, letter in enumerate(letters):
+                        square = self.corners[unit, rank, kind, s]
+                        if letter in (OWNED, TEMPORARY):
+                            solid.append(square)
+                            colours.append(colour if letter == OWNED else tint(colour))
+                        elif letter == IN_FLIGHT:
+                            flying.append(square)
+                            hatched.append(tint(colour, 0.8))
+                        elif letter == EMPTY:
+                            outlined.append(square)
+                            edges.append(colour)
+                        else:
+                            assert letter == ABSENT
+        grid[0].set(verts=solid, facecolors=colours)
+        grid[1].set(verts=flying, facecolors=hatched, edgecolors=COMMUNICATION)
+        grid[2].set(verts=outlined, facecolors="white", edgecolors=edges)
+
+    def _update_one(self, moment):
+        recordings = self.stages[0]
+        frames = [r.frames[moment] for r in recordings]
+        held, sent = self.bars
+        self._set_bars(*held, [[(frame.bytes[kind], colour) for kind, colour in KINDS.items()]
+                               for frame in frames])
+        self._set_bars(*sent, [[(frame.sent, COMMUNICATION)] for frame in frames])
+        first, last = frames[0], len(recordings[0].frames) - 1
+        say = _SAY.get(first.what, first.what + " {unit}").format(unit=first.unit)
+        self.title.set_text(f"Stage {recordings[0].stage}, event {moment} of {last}: {say}")
+        colours, edges = [], []
+        for i, frame in enumerate(recordings[0].frames):
+            colour = COMMUNICATION if frame.what in SHORT else _RIBBON.get(frame.what, PAPER)
+            colours.append(colour if i <= moment else tint(colour, 0.65))
+            edges.append(INK if i == moment else "none")
+        self.ribbon.set(facecolors=colours, edgecolors=edges, linewidths=2.5)
+
+    def _update_several(self, moment):
+        what, unit = self.moments[moment]
+        self.title.set_text(_SAY[what].format(unit=unit).capitalize())
+        for recordings, positions, note in zip(self.stages, self.position, self.notes):
+            frames = [r.frames[positions[moment]] for r in recordings]
+            held = max(sum(frame.bytes.values()) for frame in frames)
+            sent = max(frame.sent for frame in frames)
+            note.set_text(f"held {bytes_text(held)}, sent {bytes_text(sent)}")
+
+    @staticmethod
+    def _set_bars(bars, texts, parts_of_ranks):
+        corners, colours = [], []
+        for rank, parts in enumerate(parts_of_ranks):
+            left = 0
+            for width, colour in parts:
+                right = left + width
+                y, z = rank * 4, rank * 4 + 2.4
+                corners.append([(left, y), (right, y), (right, z), (left, z)])
+                colours.append(colour)
+                left = right
+            texts[rank].set_text(bytes_text(left))
+        bars.set(verts=corners, facecolors=colours)
+
+
+def _check(stages):
+    for recordings in stages:
+        if not 2 <= len(recordings) <= _MOST_RANKS:
+            raise ValueError(f"recordings of {len(recordings)} rank(s): the stepper draws 2 to "
+                             f"{_MOST_RANKS}")
+        units = recordings[0].units
+        if len(units) > _MOST_UNITS:
+            raise ValueError(f"{len(units)} units: the stepper draws up to {_MOST_UNITS}; wrap the "
+                             "model with larger units=")
+        events = [(f.what, f.unit) for f in recordings[0].frames]
+        for r in recordings:
+            theirs = [(f.what, f.unit) for f in r.frames]
+            if theirs != events:
+                at = next((i for i, (a, b) in enumerate(zip(events, theirs)) if a != b),
+                          min(len(events), len(theirs)))
+                raise ValueError(f"ranks {recordings[0].rank} and {r.rank} went through different "
+                                 f"events, from number {at} on: record the same step on all ranks")
+            if r.units != units or r.units != stages[0][0].units:
+                raise ValueError("the recordings are of differently partitioned models")
+
+
+def _moments(stages):
+    """What the slider stops at, and for each stage at which frames that is."""
+    if len(stages) == 1:
+        frames = stages[0][0].frames
+        return [(f.what, f.unit) for f in frames], [list(range(len(frames)))]
+    common = {"start", "forward", "backward", "step", "end"}
+    positions = [[i for i, f in enumerate(recordings[0].frames) if f.what in common]
+                 for recordings in stages]
+    moments = [[(r[0].frames[i].what, r[0].frames[i].unit) for i in where]
+               for r, where in zip(stages, positions)]
+    if any(m != moments[0] for m in moments):
+        raise ValueError("the stages did not compute the same: record the same step of the same "
+                         "model at each")
+    return moments[0], positions
