@@ -2,13 +2,16 @@
 # make test      all checks: ruff and pytest
 # make bench     times every stage beside what people use instead; a quarter of an hour
 # make scale     the same with 1, 2, 4 and 8 ranks
-# make figures   draws figures/compare.png anew, from a run; make bench draws the others
+# make figures   draws the figures of README and notebooks anew, from runs; make bench draws its own
+# make lab       opens the course, the notebooks, in JupyterLab
+# make notebooks runs all notebooks and keeps what they print and show
+# make test-browser   uses the course's widgets in a real browser, where Chromium is installed
 # Each makes .venv and installs what it needs when that is missing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test bench scale figures clean
+.PHONY: compare test bench scale figures lab notebooks test-browser clean
 
 compare: .venv/.installed
 	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
@@ -16,6 +19,7 @@ compare: .venv/.installed
 test: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --nbval notebooks/
 
 bench: .venv/.installed
 	$(BIN)/zero-ref bench --model 3M 15M 57M --rounds 3 --json figures/bench.json \
@@ -28,6 +32,17 @@ scale: .venv/.installed
 
 figures: .venv/.installed
 	$(BIN)/zero-ref compare --figure figures/compare.png
+	$(BIN)/python -m zero_ref.viz.figures figures
+
+lab: .venv/.installed-lab
+	$(BIN)/jupyter lab notebooks $(ARGS)
+
+notebooks: .venv/.installed-lab
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
+	    --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+
+test-browser: .venv/.installed-browser
+	$(BIN)/pytest tests/browser -s $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
@@ -35,8 +50,8 @@ figures: .venv/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-.venv/.installed-test: .venv/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+.venv/.installed-%: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 clean:

@@ -239,6 +239,7 @@ def test_what_is_not_gathered_can_be_looked_at():
         model = zero_ref.wrap(module, 3)
         weight = module.blocks[1].weight
         assert repr(weight) == ("Placeholder for 'blocks.1.weight', shape (2,), not gathered")
+        assert f"{weight}" == repr(weight)
         assert isinstance(weight, nn.Parameter) and weight.shape == (2,) and weight.numel() == 2
         assert weight.dtype == torch.float32 and weight.device == torch.device("cpu")
         assert weight.untyped_storage().nbytes() == 0

@@ -23,7 +23,7 @@ def batch(step, rank, size=8):
     (size,)."""
     digits = data.load("digits").train.tensors
     first = (step * 64 + rank * size) % (len(digits[0]) - size)
-    return tuple(tensor[first : first + size] for tensor in digits)
+    return tuple(tensor[first : first + size].clone() for tensor in digits)
 
 
 def show(*objects):
@@ -35,11 +35,9 @@ def show(*objects):
         if code.count("\n") >= _SCREENFUL:
             raise ValueError(f"{thing.__qualname__} has {code.count(chr(10)) + 1} lines: show at "
                              f"most {_SCREENFUL} at a time")
-        file = inspect.getsourcefile(thing).replace("\\", "/").split("zero_ref/")[-1]
-        head = f"# zero_ref/{file}" if i == 0 else "#"
-        bundle = {"text/plain": f"{head}\n{code}",
-                  "text/markdown": f"```python\n{head}\n{code}\n```"}
-        display(bundle, raw=True)
+        if i == 0:
+            code = f"# {inspect.getmodule(thing).__name__}\n{code}"
+        display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
 
 def verdict(what, predicted, measured):
@@ -70,4 +68,4 @@ def check_stages(weights):
 
 
 def _number(value):
-    return f"{value:,}" if isinstance(value, int | float) else str(value)
+    return f"{value:,}" if type(value) in (int, float) else str(value)

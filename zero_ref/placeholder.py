@@ -41,6 +41,9 @@ class Placeholder(nn.Parameter):
 
     __str__ = __repr__
 
+    def __format__(self, spec):
+        return format(str(self), spec)
+
 
 def make_placeholders(unit):
     """One for each parameter of the unit, which still are views of its flat buffer."""
