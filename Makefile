@@ -39,10 +39,11 @@ lab: .venv/.installed-lab
 
 notebooks: .venv/.installed-lab
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
-	    --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	    --ExecutePreprocessor.record_timing=False \
+	    --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
 
 test-browser: .venv/.installed-browser
-	$(BIN)/pytest tests/browser -s $(ARGS)
+	$(BIN)/pytest tests/browser -s -x $(ARGS)
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

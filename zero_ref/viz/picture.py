@@ -2,8 +2,11 @@
 
 import base64
 import io
+from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 
 class Picture:
@@ -14,15 +17,22 @@ class Picture:
         FigureCanvasAgg(figure)
 
     def png(self) -> bytes:
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png")
-        return file.getvalue()
+        self.figure.canvas.draw()
+        return encode(self.figure.canvas)
 
     def save(self, path) -> None:
-        self.figure.savefig(path)
+        Path(path).write_bytes(self.png())
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         return bundle(self.png(), self.text, self.figure.get_figwidth() * 100)
+
+
+def encode(canvas) -> bytes:
+    """What a matplotlib canvas shows, as a PNG: flat colours, so that a palette is enough."""
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    file = io.BytesIO()
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(file, "PNG")
+    return file.getvalue()
 
 
 def bundle(png, text, width):
@@ -48,39 +58,23 @@ def live(controls, image, still, text, width):
     return Live([*controls, image])
 
 
-def slides(draw, labels, text, width, start=0):
-    """A widget: a slider, a play button and the arrow keys over pictures.
+def slides(draw, number, text, width, start=0):
+    """A widget: a slider, also for the arrow keys, and a play button over pictures.
 
-    draw: a function from a position to a PNG. labels: what each position is called. start: the
-    position of the still picture.
+    draw: a function from a position to a PNG. number: of pictures. start: the position of the still
+    picture. All pictures are drawn at once and go to the browser, which changes them by itself:
+    without waiting for the kernel, and also while that runs a cell.
     """
     import ipywidgets
     from ipywidgets import Layout
 
-    drawn = {}
-
-    def picture(position):
-        if position not in drawn:
-            drawn[position] = draw(position)
-        return drawn[position]
-
-    last = len(labels) - 1
-    slider = ipywidgets.IntSlider(value=start, max=last, description="event", readout=False,
-                                  layout=Layout(width="540px"))
-    play = ipywidgets.Play(value=start, max=last, interval=700, show_repeat=False)
+    pictures = [draw(position) for position in range(number)]
+    wide = Layout(width=f"{round(width)}px")
+    stack = ipywidgets.Stack([ipywidgets.Image(value=png, format="png", layout=wide)
+                              for png in pictures], selected_index=start)
+    slider = ipywidgets.IntSlider(value=start, max=number - 1, description="event",
+                                  layout=Layout(width="600px"))
+    play = ipywidgets.Play(value=start, max=number - 1, interval=700, show_repeat=False)
     ipywidgets.jslink((play, "value"), (slider, "value"))
-    back = ipywidgets.Button(description="◀", tooltip="one event back", layout=Layout(width="40px"))
-    on = ipywidgets.Button(description="▶", tooltip="one event on", layout=Layout(width="40px"))
-    where = ipywidgets.Label(labels[start])
-    image = ipywidgets.Image(value=picture(start), format="png",
-                             layout=Layout(width=f"{round(width)}px"))
-
-    def show(change):
-        image.value = picture(change["new"])
-        where.value = labels[change["new"]]
-
-    slider.observe(show, "value")
-    back.on_click(lambda _: setattr(slider, "value", max(0, slider.value - 1)))
-    on.on_click(lambda _: setattr(slider, "value", min(last, slider.value + 1)))
-    controls = ipywidgets.HBox([play, back, on, slider, where])
-    return live([controls], image, lambda: picture(start), text, width)
+    ipywidgets.jslink((slider, "value"), (stack, "selected_index"))
+    return live([ipywidgets.HBox([play, slider])], stack, lambda: pictures[start], text, width)

@@ -1,13 +1,9 @@
 """A recorded step, one event at a time: what every rank holds of every unit."""
 
-import io
-
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from PIL import Image
 
 from ..record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
 from .palette import (
@@ -22,7 +18,7 @@ from .palette import (
     bytes_text,
     tint,
 )
-from .picture import slides
+from .picture import encode, slides
 
 _MOST_UNITS, _MOST_RANKS = 12, 8
 _SAY = {
@@ -39,6 +35,7 @@ _SAY = {
     "broadcast": "broadcast: rank 0's {unit}",
 }
 _RIBBON = {"forward": FORWARD, "backward": BACKWARD, "step": OPTIMIZER}
+_LETTER = {"forward": "F", "backward": "B", "step": "S"}
 
 
 def stepper(recordings, stage0=None, start=None):
@@ -57,8 +54,7 @@ def stepper(recordings, stage0=None, start=None):
         start = totals.index(max(totals))
     events = ", ".join(f"{f.what} {f.unit}".rstrip() for f in frames)
     text = f"Stage {recordings[0].stage} on {len(recordings)} ranks, event by event: {events}"
-    labels = [f"{i} of {len(frames) - 1}" for i in range(len(frames))]
-    return slides(drawing.png, labels, text, drawing.width, start)
+    return slides(drawing.png, len(frames), text, drawing.width, start)
 
 
 def side_by_side(*stages, start=None):
@@ -74,7 +70,7 @@ def side_by_side(*stages, start=None):
     names = [f"{what} {unit}".rstrip() for what, unit in moments]
     numbers = ", ".join(str(recordings[0].stage) for recordings in stages)
     text = f"Stages {numbers} side by side on {len(stages[0])} ranks: {', '.join(names)}"
-    return slides(drawing.png, names, text, drawing.width, start)
+    return slides(drawing.png, len(moments), text, drawing.width, start)
 
 
 class StepDrawing:
@@ -109,10 +105,7 @@ class StepDrawing:
         self._update(moment)
         for artist in self.changing:
             self.figure.draw_artist(artist)
-        file = io.BytesIO()
-        Image.fromarray(np.asarray(self.canvas.buffer_rgba())).convert("RGB").save(
-            file, "PNG", compress_level=1)
-        return file.getvalue()
+        return encode(self.canvas)
 
     # ---- what stays ------------------------------------------------------------------------------
 
@@ -184,7 +177,7 @@ class StepDrawing:
         ax.spines[["top", "right"]].set_visible(False)
         if stage0:
             ax.axvline(stage0, color=INK, linestyle=":", linewidth=1.3)
-            ax.set_xticks([0, stage0], ["0", f"stage 0\n{bytes_text(stage0)}"], fontsize=8.5)
+            ax.set_xticks([stage0], [f"stage 0\n{bytes_text(stage0)}"], fontsize=8.5)
         bars = self._changes(PolyCollection([]))
         ax.add_collection(bars, autolim=False)
         texts = [self._changes(ax.text(most * 0.03, r * 4 + 2.95, "", va="center", fontsize=8.5))
@@ -198,9 +191,10 @@ class StepDrawing:
         ax.set_ylim(0, 1)
         ax.axis("off")
         for i, frame in enumerate(frames):
-            if frame.what in SHORT:
-                ax.text(i + 0.48, 0.5, SHORT[frame.what], ha="center", va="center", zorder=5,
-                        fontsize=8.5 if len(frames) <= 32 else 6)
+            letters = SHORT.get(frame.what) or _LETTER.get(frame.what)
+            if letters:
+                self._changes(ax.text(i + 0.48, 0.5, letters, ha="center", va="center", zorder=5,
+                                      fontsize=8.5 if len(frames) <= 32 else 6))
         phase_of = [f.phase or "" for f in frames]
         for phase in ("forward", "backward", "step"):
             where = [i for i, p in enumerate(phase_of) if p == phase]
@@ -209,16 +203,15 @@ class StepDrawing:
                         fontsize=9)
         squares = [[(i + 0.04, 0), (i + 0.92, 0), (i + 0.92, 1), (i + 0.04, 1)]
                    for i in range(len(frames))]
-        self.ribbon = PolyCollection(squares, zorder=1)
+        self.ribbon = PolyCollection(squares)
         ax.add_collection(self._changes(self.ribbon), autolim=False)
-        for text in ax.texts[: sum(frame.what in SHORT for frame in frames)]:
-            self._changes(text)
+        self.changing.sort(key=lambda artist: artist.zorder)  # the letters last
 
     def _legend(self, y):
         patches = [Patch(color=colour, label=kind) for kind, colour in KINDS.items()]
-        patches += [Patch(color=BACKWARD, label="its own"),
-                    Patch(color=tint(BACKWARD), label="a copy, or not yet summed"),
-                    Patch(facecolor="white", edgecolor=BACKWARD, label="memory without values"),
+        patches += [Patch(color=INK, label="its own"),
+                    Patch(color=tint(INK), label="a copy, or not yet summed"),
+                    Patch(facecolor="white", edgecolor=INK, label="memory without values"),
                     Patch(facecolor="white", edgecolor=COMMUNICATION, hatch="//////",
                           label="under way")]
         self.figure.legend(handles=patches, loc="lower center", ncols=7, frameon=False,
@@ -278,8 +271,9 @@ class StepDrawing:
         for i, frame in enumerate(recordings[0].frames):
             colour = COMMUNICATION if frame.what in SHORT else _RIBBON.get(frame.what, PAPER)
             colours.append(colour if i <= moment else tint(colour, 0.65))
-            edges.append(INK if i == moment else "none")
-        self.ribbon.set(facecolors=colours, edgecolors=edges, linewidths=2.5)
+            edges.append(INK if i == moment else FORWARD)
+        widths = [2.5 if i == moment else 0.6 for i in range(len(colours))]
+        self.ribbon.set(facecolors=colours, edgecolors=edges, linewidths=widths)
 
     def _update_several(self, moment):
         what, unit = self.moments[moment]
