@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -51,6 +52,37 @@ def test_an_exception_reaches_the_caller_with_its_traceback():
     assert (caught.value.rank, caught.value.kind) == (1, "KeyError")
     assert not any(alive(pid) for pid in before)
     assert zero_ref.launch(dist.get_rank, 3) == [0, 1, 2]  # the next call works
+
+
+class Odd(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self):
+        super().__init__("odd")
+        self.lock = threading.Lock()
+
+
+def fail_oddly():
+    try:
+        {}["first"]
+    except KeyError:
+        raise Odd from ValueError("the direct cause")
+
+
+def test_an_exception_that_cannot_be_pickled_is_reported_with_its_causes():
+    with pytest.raises(zero_ref.RankError) as caught:
+        zero_ref.launch(fail_oddly, 2)
+    text = str(caught.value)
+    assert "raised Odd: odd" in text and "raise Odd from ValueError" in text
+    assert "ValueError: the direct cause\nThe above was the direct cause of this:" in text
+
+
+def test_ranks_stay_when_launched_while_an_exception_is_handled():
+    try:
+        raise KeyError
+    except KeyError:
+        before = zero_ref.launch(os.getpid, 2)
+    assert zero_ref.launch(os.getpid, 2) == before
 
 
 def die_on_one():

@@ -110,6 +110,24 @@ def test_unused_parameters(users, world_size):
         assert torch.equal(weights[f"layers.{i}.w"], torch.ones(WIDTH)) != used
 
 
+class Branches(Stack):
+    """On some ranks it returns its last unit's output as it is, on others it uses a parameter."""
+
+    def __init__(self, numel):
+        super().__init__([Layer(), Layer()])
+        self.mine = nn.Parameter(torch.ones(numel))
+
+    def forward(self, x):
+        x = super().forward(x)
+        return x * self.mine[:WIDTH] if self.rank == 1 else x
+
+
+@pytest.mark.parametrize("numel", [WIDTH, sum(p.numel() for p in Layer().parameters())])
+def test_branches_of_the_root(numel):
+    """Also with buffers of equal size, which ranks could gather into one another's place."""
+    compare(lambda: Branches(numel), world_size=2)
+
+
 def test_unused_with_torch_ddp():
     """That is what DDP does with find_unused_parameters."""
     def run(kind):

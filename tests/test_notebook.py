@@ -62,6 +62,14 @@ def test_a_cell_runs_on_every_rank_and_its_names_stay(kernel):
     assert text.splitlines()[2] == "[rank 2] 5.0 3 cpu"
 
 
+def test_values_are_fetched_from_ranks(kernel):
+    kernel.run("%%ranks 2\nmine = rank * 10\nx = 0")
+    kernel.run("from zero_ref.notebook import fetch")
+    assert kernel.run("print(fetch('mine', 2))")[0] == "[0, 10]\n"
+    error = kernel.run("fetch('yours', 2)")[1]
+    assert "NameError: no %%ranks cell has defined 'yours' on these ranks" in error
+
+
 def test_lines_end_up_in_rank_order(kernel):
     text, _ = kernel.run("%%ranks 3\nimport time\nfor i in range(3):\n"
                          "    time.sleep(0.05 * (3 - rank))\n    print(i)")
@@ -111,8 +119,8 @@ def test_what_the_magic_refuses(kernel):
 
 def test_interrupt_ends_a_deadlock_and_the_next_cell_works(kernel):
     pids = kernel.pids(2)
-    source = "%%ranks 2\nif rank == 0:\n    print('waits')\n    dist.barrier()\nimport time\n" \
-             "time.sleep(600)"
+    source = ("%%ranks 2\nimport threading, time\nif rank == 1:\n    dist.barrier()\n"
+              "threading.Timer(0.5, print, ['stuck']).start()\ntime.sleep(600)")
     cell = nbformat.v4.new_code_cell(source)
     kernel.book.cells.append(cell)
     client = kernel.client

@@ -94,6 +94,12 @@ def test_the_first_step_begins_without_gradients_and_optimizer_states():
     assert frame.bytes["gradients"] == frame.bytes["optimizer"] == 0
 
 
+def test_only_wrapped_models_are_recorded():
+    with pytest.raises(ValueError, match="this is a Toy"):
+        with record(build()):
+            pass
+
+
 def test_times_are_in_order_and_waits_lie_inside():
     for recording, *_ in ranks(recorded, 2, 3):
         times = [frame.time for frame in recording.frames]

@@ -148,6 +148,8 @@ def test_figure_1_has_the_papers_numbers_and_its_sliders_move_it():
         "stage 2: 16.64 GB; stage 3: 1.88 GB")
     widget = viz.explore_figure1()
     numels, ranks, values, stage = [row.children[0] for row in widget.children[:4]]
+    assert [row.children[1].value for row in widget.children[:4]] == [
+        "7,500,000,000", "64", "2 + 2 + 12, mixed precision, Adam", "3"]
     for control, value in ((ranks, 8), (values, (4, 4, 8)), (stage, 1), (numels, 1_000_000)):
         before = widget.children[4].value
         control.value = value

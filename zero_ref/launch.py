@@ -82,12 +82,11 @@ def launch(fn, world_size, *args, backend=None):
         except KeyboardInterrupt:
             text = ["Interrupted. All ranks were ended; the next call starts new ones.",
                     *pool.where(range(world_size), patience=0.3)]
+            pool.close()
             raise Interrupted("\n".join(text)) from None
-        except RankError as error:
-            raise error from None  # which has the traceback that matters in its text
-        finally:
-            if sys.exception() is not None:  # the ranks' state is unknown now
-                pool.close()
+        except BaseException:  # the ranks' state is unknown now
+            pool.close()
+            raise
 
 
 def init(backend=None):
@@ -196,8 +195,7 @@ class _Pool:
         first, *others = sorted(failures, key=lambda rank: failures[rank].when)
         cause = failures[first]
         text = [f"rank {first} raised {cause.kind}: {cause.reason}"]
-        if cause.traceback:
-            text.append("".join(_with_source(cause.traceback).format()).rstrip())
+        text += map(_formatted, cause.traceback)
         for rank in others:
             f = failures[rank]
             same = (f.kind, f.reason) == (cause.kind, cause.reason)
@@ -216,29 +214,20 @@ class _Pool:
             with suppress(EOFError, OSError):
                 if self.controls[rank].poll(max(0, deadline - time.monotonic())):
                     frames = self.controls[rank].recv()
-            if frames:
-                place = "".join(traceback.format_list(_named(frames))).rstrip()
-            else:
-                place = "  (no answer)" if frames is None else "  (between two calls)"
-            text.append(f"rank {rank} was still at\n{place}")
+            place = "  (no answer)" if frames is None else "  (between two calls)"
+            text.append(f"rank {rank} was still at\n{_formatted(frames) if frames else place}")
         return text
 
 
-def _named(frames):
-    """Source lines are looked up here, because only the notebook knows what is in its cells."""
-    for frame in frames:
+def _formatted(part):
+    """Text as it is, frames with their source lines: these are looked up here, because only the
+    notebook knows what is in its cells."""
+    if isinstance(part, str):
+        return part
+    for frame in part:
         _ = frame.line
         frame.filename = notebook.name_of_cell(frame.filename)
-    return frames
-
-
-def _with_source(error):
-    """The same for a TracebackException and those that it came from."""
-    for related in (error.__cause__, error.__context__):
-        if related is not None:
-            _with_source(related)
-    _named(error.stack)
-    return error
+    return "".join(traceback.format_list(part)).rstrip()
 
 
 @contextmanager
@@ -262,7 +251,7 @@ def _close_all():
 
 
 class _Failure:
-    def __init__(self, when, kind, reason, traceback=None):
+    def __init__(self, when, kind, reason, traceback=()):
         self.when, self.kind, self.reason, self.traceback = when, kind, reason, traceback
 
 
@@ -319,7 +308,7 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
             output.close_line()
             failure.annotate(error)
             what = type(error).__name__, str(error)
-            send("failed", _Failure(time.monotonic(), *what, _own_traceback(error)))
+            send("failed", _Failure(time.monotonic(), *what, _traceback(error)))
 
 
 def _answer_or_end(control):
@@ -338,21 +327,25 @@ def _answer_or_end(control):
     os._exit(1)
 
 
-def _own_traceback(error):
-    """A TracebackException without the launcher's and torch's frames, and without source lines."""
-    report = traceback.TracebackException.from_exception(error, lookup_lines=False)
-    related = [report]
-    while related:
-        one = related.pop()
-        one.stack[:] = _own(one.stack)
-        related += [other for other in (one.__cause__, one.__context__) if other is not None]
-    return report
+def _traceback(error):
+    """A list of text and of frames: plain data, that any process can read."""
+    parts = []
+    if error.__cause__ is not None:
+        parts += [*_traceback(error.__cause__), "The above was the direct cause of this:"]
+    elif error.__context__ is not None and not error.__suppress_context__:
+        parts += [*_traceback(error.__context__), "While that was handled, this came up:"]
+    frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__),
+                                            lookup_lines=False)
+    what = "".join(traceback.format_exception_only(error)).rstrip()
+    return [*parts, "Traceback (most recent call last):", _own(frames), what]
 
 
 def _own(stack):
     """What lies between the launcher and torch: the frames of the function that was launched."""
-    last = max((i for i, f in enumerate(stack) if f.filename in (__file__, notebook.__file__)),
-               default=-1)
+    ours = [frame.filename in (__file__, notebook.__file__) for frame in stack]
+    begin = ours.index(True) if True in ours else 0
+    begin = ours.index(False, begin) if False in ours[begin:] else len(stack)
+    end = ours.index(True, begin) if True in ours[begin:] else len(stack)  # it is printing
     library = os.path.dirname(torch.__file__)
-    return traceback.StackSummary(f for f in stack[last + 1 :]
-                                  if not f.filename.startswith((library, "<frozen")))
+    return traceback.StackSummary(frame for frame in stack[begin:end]
+                                  if not frame.filename.startswith((library, "<frozen")))

@@ -25,6 +25,19 @@ def load_ipython_extension(shell):
     shell.register_magic_function(_ranks, "cell", "ranks")
 
 
+def fetch(name, world_size):
+    """The values that a variable of `%%ranks` cells has, as a list in rank order."""
+    from .launch import launch
+
+    return launch(_value, world_size, name)
+
+
+def _value(name):
+    if name not in _namespace:
+        raise NameError(f"no %%ranks cell has defined {name!r} on these ranks")
+    return _namespace[name]
+
+
 def _ranks(line, cell):
     """%%ranks N: run this cell on N ranks."""
     from IPython.core.error import UsageError

@@ -24,6 +24,7 @@ class MixedPrecision:
     param_dtype: parameters, activations and the inputs of the model. Buffers stay as they are.
     reduce_dtype: gradients while they are summed over the ranks. What the optimizer gets of them
         has the master copy's dtype, the one that the module had: 4 bytes more if this one differs.
+        Inside no_sync() local gradients add up in param_dtype.
     keep: module classes (nn.LayerNorm, say, or a tuple of them) that compute in their own dtype,
         with all inside them: their inputs are cast to it and their outputs back. By default
         BatchNorm, which torch does not compute with fp32 statistics and 16-bit weights.

@@ -97,8 +97,11 @@ def record(model, optimizer=None):
     """Record this rank's part of what happens inside. Yields a Recording, filled at the end.
 
     model: what `zero_ref.wrap` returned. The optimizer's states exist from its first step on, so
-    record the second step to see them from the start.
+    record the second step to see them from the start. Raises ValueError for any other module.
     """
+    if not hasattr(model, "units"):
+        raise ValueError(f"record takes what zero_ref.wrap returned, this is a "
+                         f"{type(model).__name__}")
     recording = Recording(model.rank, model.world_size, model.stage, model.overlap, layout(model))
     recorder = _Recorder(model, optimizer, recording)
     hooks = recorder.register_hooks()

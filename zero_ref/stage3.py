@@ -270,8 +270,10 @@ class Order:
 
 def _is_fragile(x, units):
     """Whether a unit may not return this tensor as it is: a view, whose hooks a later in-place
-    operation would do away with, or a parameter of the unit, which is about to be resharded."""
+    operation would do away with; a unit's inside this one, so that both would hook one tensor, on
+    the ranks that take this branch; or a parameter of the unit, which is about to be resharded."""
     if x.layout != torch.strided:
         return False
     storages = {unit.flat.untyped_storage().data_ptr() for unit in units}
-    return (x.requires_grad and x._is_view()) or x.untyped_storage().data_ptr() in storages
+    return ((x.requires_grad and (x._is_view() or bool(x._backward_hooks)))
+            or x.untyped_storage().data_ptr() in storages)

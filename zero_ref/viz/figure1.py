@@ -72,8 +72,8 @@ def explore_figure1(numel=7_500_000_000, world_size=64):
             options=[(label, option) for option, label in options.items()], value=value,
             description=name, readout=False, layout=Layout(width="480px"),
             style={"description_width": "120px"})
-        label = ipywidgets.Label(options[value], layout=Layout(margin="0 0 0 12px"))
-        ipywidgets.dlink((slider, "label"), (label, "value"))
+        label = ipywidgets.Label(layout=Layout(margin="0 0 0 12px"))
+        ipywidgets.dlink((slider, "value"), (label, "value"), options.get)
         sliders.append(slider)
         rows.append(ipywidgets.HBox([slider, label]))
     drawn = {}

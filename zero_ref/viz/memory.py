@@ -39,8 +39,9 @@ def memory_over_step(*recordings, formula=None):
             total = [sum(f.bytes.values()) / unit for f in recording.frames]
             ax.step(_moments(recording), total, where="post", color=INK, linewidth=1.2,
                     linestyle=_LINES[i % 4], label=f"stage {recording.stage}")
-        ax.set_title("all together", fontsize=10, loc="left")
-        ax.legend(frameon=False, fontsize=8, loc="upper right")
+        ax.legend(title="all together", frameon=False, fontsize=8, ncols=2, loc="lower left",
+                  bbox_to_anchor=(-0.05, 1), borderpad=0, handlelength=1.6, columnspacing=0.8,
+                  alignment="left", title_fontsize=10)
         _tidy(ax, 1)
     return Picture(figure, "\n".join(text))
 
