@@ -172,7 +172,8 @@ class StepDrawing:
         ax.set_xlim(0, most * 1.05 or 1)
         ax.set_ylim(self.ranks * 4 - 0.6, -0.4)
         ax.set_yticks([])
-        ax.set_xticks([0, most], ["0", bytes_text(most)], fontsize=8.5)
+        ax.set_xticks([most], [bytes_text(most)], fontsize=8.5)
+        ax.get_xticklabels()[0].set_horizontalalignment("right")
         ax.set_title(title, loc="left", fontsize=10)
         ax.spines[["top", "right"]].set_visible(False)
         if stage0:
