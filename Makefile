@@ -1,11 +1,11 @@
-# make compare   the main job: all stages side by side on real data
-# make test      all checks: ruff and pytest
-# make bench     times every stage beside what people use instead; a quarter of an hour
-# make scale     the same with 1, 2, 4 and 8 ranks
-# make figures   draws the figures of README and notebooks anew, from runs; make bench draws its own
-# make lab       opens the course, the notebooks, in JupyterLab
-# make notebooks runs all notebooks and keeps what they print and show
-# make test-browser   uses the course's widgets in a real browser, where Chromium is installed
+# make lab           opens the course, the notebooks, in JupyterLab
+# make compare       the main job: all stages side by side on real data
+# make test          all checks: ruff, pytest, and the notebooks once more
+# make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
+# make notebooks     runs all notebooks and keeps what they print and show
+# make figures       draws the figures anew, from runs; make bench draws its own
+# make bench         times every stage beside what people use instead; a quarter of an hour
+# make scale         the same with 1, 2, 4 and 8 ranks
 # Each makes .venv and installs what it needs when that is missing.
 
 PYTHON ?= python3

@@ -123,6 +123,7 @@ class _Recorder(Trace):
         super().__init__()
         self.model, self.optimizer, self.recording = model, optimizer, recording
         self.mark = time.monotonic()  # when the last span ended
+        self.started = []  # of units whose forward is running, the innermost last
         self.gradients = {}  # unit -> indices of the parameters that backward has come to
 
     def add(self, event):
@@ -198,12 +199,12 @@ class _Recorder(Trace):
     def enters(self, name):
         def hook(module, args):
             self.frame("forward", name, "forward")
-            self.started = time.monotonic()
+            self.started.append(time.monotonic())
         return hook
 
     def leaves(self, name):
         def hook(module, args, output):
-            self.span("forward", name, self.started)
+            self.span("forward", name, self.started.pop())
             if self.held() != self.recording.frames[-1].held:
                 self.frame("reshard", name, "forward")
         return hook
@@ -221,10 +222,10 @@ class _Recorder(Trace):
     def begins_step(self, *_):
         self.gradients.clear()  # of units with unused parameters
         self.frame("step", "", "step")
-        self.started = time.monotonic()
+        self.mark = time.monotonic()
 
     def ends_step(self, *_):
-        self.span("step", "", self.started)
+        self.span("step", "", self.mark)
 
 
 def _alive(buffer):

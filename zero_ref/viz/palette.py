@@ -20,8 +20,11 @@ def tint(colour, share=0.6):
 
 
 def bytes_text(nbytes):
-    """1,234 B, 12.3 kB, 1.2 MB, 31.4 GB: always in steps of 1000."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(nbytes) < 10_000 or unit == "TB":
-            return f"{nbytes:,.0f} {unit}" if unit == "B" else f"{nbytes:,.1f} {unit}"
+    """1,234 B, 12.3 kB, 1.2 MB, 31.4 GB: in steps of 1000."""
+    if nbytes < 10_000:
+        return f"{nbytes:,.0f} B"
+    for unit in ("kB", "MB", "GB"):
         nbytes /= 1000
+        if nbytes < 1000:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1000:,.1f} TB"
