@@ -4,6 +4,7 @@ import base64
 import colorsys
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 import zero_ref
 from zero_ref import course, memory, viz
 from zero_ref.record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
+from zero_ref.viz import figures
 from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
 from zero_ref.viz.stepper import StepDrawing
 
@@ -94,6 +96,25 @@ def test_stages_side_by_side_stop_at_what_all_compute(recordings):
     assert names == ["start", "forward 1", "forward 3", "forward 5", "backward 5", "backward 3",
                      "backward 1", "step", "end"]
     assert widget.children[1].selected_index == names.index("backward 5")
+
+
+def test_eight_ranks():
+    by_rank = zero_ref.launch(step, 8, 3, True)
+    drawing = StepDrawing([by_rank])
+    pictures = {drawing.png(i) for i in range(len(drawing.moments))}
+    assert len(pictures) == len(drawing.moments)
+
+
+def test_the_figures_are_drawn_anew(tmp_path):
+    written = figures.draw(tmp_path)
+    assert {path.name for path in written} == {"stepper.png", "memory_over_step.png",
+                                               "timeline.png"}
+    committed = Path(__file__).parent.parent / "figures"
+    for path in written:
+        assert Image.open(path).size == Image.open(committed / path.name).size
+    for name in ("stepper.png", "memory_over_step.png"):  # no times in these
+        assert pixels((tmp_path / name).read_bytes()).tolist() == pixels(
+            (committed / name).read_bytes()).tolist(), f"{name}: run make figures"
 
 
 def test_recordings_that_do_not_fit_are_refused(recordings):

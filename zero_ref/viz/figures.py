@@ -1,9 +1,11 @@
-"""Draw the figures of the README and the notebooks anew, each from a step recorded here and now.
+"""Draw the README's figures anew, each from a step recorded here and now; those of the benchmark
+from what it has measured.
 
     python -m zero_ref.viz.figures figures
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ import torch.nn.functional as F
 
 from .. import course, launch, memory, wrap
 from ..record import record
-from . import figure1, memory_over_step, partition_map, timeline
+from . import Picture, bench, memory_over_step, timeline
 from .stepper import StepDrawing
 
 RANKS = 4
@@ -22,21 +24,18 @@ def draw(folder):
     recordings = {stage: launch(_recorded, RANKS, stage) for stage in range(4)}
     sizes = [unit.numel for unit in recordings[0][0].units]
     formula = {stage: sum(memory.model_states(sizes, RANKS, stage).values()) for stage in range(4)}
-    together = StepDrawing(list(recordings.values()))
     step = StepDrawing([recordings[3]], recordings[0])
-    backward = [(f.what, f.unit) for f in recordings[3][0].frames].index(("backward", "3"))
-    pictures = {
-        "figure1": figure1(),
-        "partition_map": partition_map(recordings[1][0]),
+    written = {
+        "stepper": step.png(step.moments.index(("backward", "3"))),
         "memory_over_step": memory_over_step(*[r[0] for r in recordings.values()],
-                                             formula=formula),
-        "timeline": timeline(launch(_recorded, 2, 3, _wide, 64)),
+                                             formula=formula).png(),
+        "timeline": timeline(launch(_recorded, 2, 3, _wide, 64)).png(),
     }
-    written = {name: picture.png() for name, picture in pictures.items()}
-    written["stepper"] = step.png(backward)
-    written["side_by_side"] = together.png(together.moments.index(("backward", "3")))
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
+    for name in ("bench", "scale"):
+        if (measured := folder / f"{name}.json").exists():
+            written[name] = Picture(bench.draw(json.loads(measured.read_text())), name).png()
     for name, png in written.items():
         (folder / f"{name}.png").write_bytes(png)
     return [folder / f"{name}.png" for name in written]
