@@ -111,10 +111,10 @@ def test_the_figures_are_drawn_anew(tmp_path):
                                                "timeline.png"}
     committed = Path(__file__).parent.parent / "figures"
     for path in written:
-        assert Image.open(path).size == Image.open(committed / path.name).size
-    for name in ("stepper.png", "memory_over_step.png"):  # no times in these
-        assert pixels((tmp_path / name).read_bytes()).tolist() == pixels(
-            (committed / name).read_bytes()).tolist(), f"{name}: run make figures"
+        new, old = (pixels((folder / path.name).read_bytes()) for folder in (tmp_path, committed))
+        assert new.shape == old.shape
+        if path.name != "timeline.png":  # no times in the others
+            assert (new == old).all(), f"{path.name} is not what make figures draws"
 
 
 def test_recordings_that_do_not_fit_are_refused(recordings):

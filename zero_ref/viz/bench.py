@@ -39,7 +39,8 @@ def _ratios(ax, part, names):
         ax.plot([row["least"], row["most"]], [y, y], color=_colour(row["system"]), linewidth=1.5)
         ax.plot(row["ratio"], y, **_marker(row["system"]), markersize=8)
         ax.annotate(f"{row['ratio']:.2f}", (row["most"], y), xytext=(9, 0), va="center",
-                    textcoords="offset points", color=INK)
+                    textcoords="offset points", color=INK,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     ax.axvline(1, color=GREY, linewidth=1, zorder=0)
     ax.set_yticks(range(len(rows)), [row["system"] for row in rows] if names else [])
     ax.set_xlim(0.3, max(row["most"] for row in rows) * 1.15)
