@@ -60,6 +60,7 @@ def test_a_cell_runs_on_every_rank_and_its_names_stay(kernel):
     assert text.splitlines() == [f"[rank {r}] tensor([3., 3.])" for r in range(3)]
     text, _ = kernel.run("%%ranks 3\nprint(x[0].item() + rank, world_size, device)")
     assert text.splitlines()[2] == "[rank 2] 5.0 3 cpu"
+    assert kernel.run("%%ranks 3\nx * 2;") == ("", None)
 
 
 def test_values_are_fetched_from_ranks(kernel):

@@ -20,13 +20,16 @@ import types
 from contextlib import contextmanager, redirect_stdout, suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import cloudpickle
 import torch
 import torch.distributed as dist
 
-from . import failure, notebook
+from . import failure
+from .output import name_of_cell, output
 
+_RUNNERS = (__file__, str(Path(__file__).with_name("notebook.py")))  # of what is launched
 _GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
 _pools: dict[tuple[int, str], "_Pool"] = {}
 _one_at_a_time = threading.Lock()
@@ -162,9 +165,9 @@ class _Pool:
             connection.send_bytes(job)
         results, failures = {}, {}
         waiting, deadline = dict(zip(self.jobs, range(len(self.jobs)))), math.inf
-        with notebook.output(len(self.ranks)) as output:
+        with output(len(self.ranks)) as shown:
             while waiting and time.monotonic() < deadline:
-                wake = min(deadline, output.due())
+                wake = min(deadline, shown.due())
                 patience = None if wake == math.inf else max(0, wake - time.monotonic())
                 for connection in wait(list(waiting), patience):
                     rank = waiting[connection]
@@ -173,9 +176,9 @@ class _Pool:
                     except (EOFError, ConnectionError):
                         kind, value = "failed", self._obituary(rank)
                     if kind == "line":
-                        output.line(rank, value)
+                        shown.line(rank, value)
                         continue
-                    output.done(rank)
+                    shown.done(rank)
                     (results if kind == "done" else failures)[rank] = value
                     del waiting[connection]
                     if kind == "failed":
@@ -226,7 +229,7 @@ def _formatted(part):
         return part
     for frame in part:
         _ = frame.line
-        frame.filename = notebook.name_of_cell(frame.filename)
+        frame.filename = name_of_cell(frame.filename)
     return "".join(traceback.format_list(part)).rstrip()
 
 
@@ -293,19 +296,19 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
             job = jobs.recv_bytes()
         except EOFError:
             return
-        output = _Lines(send)
+        lines = _Lines(send)
         try:
             if not joined:
                 store = dist.TCPStore("127.0.0.1", port, is_master=False)
                 _join(backend, rank, store=store, rank=rank, world_size=world_size)
                 joined = True
             fn, args = pickle.loads(job)
-            with redirect_stdout(output):
+            with redirect_stdout(lines):
                 result = fn(*args)
-            output.close_line()
+            lines.close_line()
             send("done", result)
         except BaseException as error:
-            output.close_line()
+            lines.close_line()
             failure.annotate(error)
             what = type(error).__name__, str(error)
             send("failed", _Failure(time.monotonic(), *what, _traceback(error)))
@@ -342,7 +345,7 @@ def _traceback(error):
 
 def _own(stack):
     """What lies between the launcher and torch: the frames of the function that was launched."""
-    ours = [frame.filename in (__file__, notebook.__file__) for frame in stack]
+    ours = [frame.filename in _RUNNERS for frame in stack]
     begin = ours.index(True) if True in ours else 0
     begin = ours.index(False, begin) if False in ours[begin:] else len(stack)
     end = ours.index(True, begin) if True in ours[begin:] else len(stack)  # it is printing

@@ -1,0 +1,109 @@
+"""Where the launcher puts what the ranks print, and what a notebook calls its cells."""
+
+import math
+import sys
+import time
+from contextlib import contextmanager
+from itertools import chain
+
+_PATIENCE = 2.0  # seconds that a line waits for its turn
+
+
+@contextmanager
+def output(world_size):
+    """Where the launcher puts what the ranks print."""
+    lines = _InOrder(world_size) if _in_notebook() else _AsTheyCome()
+    try:
+        yield lines
+    finally:
+        lines.close()
+
+
+class _AsTheyCome:
+    def line(self, rank, text):
+        print(f"[rank {rank}] {text}", flush=True)
+
+    def done(self, rank):
+        """This rank prints nothing more."""
+
+    def due(self):
+        """When the output has something to do: never."""
+        return math.inf
+
+    def close(self):
+        """Nothing is left to show."""
+
+
+class _InOrder(_AsTheyCome):
+    """All of rank 0's lines, then all of rank 1's, and so on, so that a notebook looks the same
+    after every run. A line that has to wait long for its turn appears before it; in that case the
+    cell's output is written anew at the end."""
+
+    def __init__(self, world_size):
+        self.of_rank = [[] for _ in range(world_size)]
+        self.waiting = [[] for _ in range(world_size)]  # (when it came, text)
+        self.running = set(range(world_size))
+        self.shown = []
+
+    def line(self, rank, text):
+        self.of_rank[rank].append((rank, text))
+        self.waiting[rank].append((time.monotonic(), text))
+        self._show()
+
+    def done(self, rank):
+        self.running.discard(rank)
+        self._show()
+
+    def due(self):
+        arrivals = [lines[0][0] for lines in self.waiting if lines]
+        when = min(arrivals, default=math.inf) + _PATIENCE
+        if when <= time.monotonic():
+            self._show(everything=True)
+            return math.inf
+        return when
+
+    def _show(self, everything=False):
+        for rank, lines in enumerate(self.waiting):
+            for _, text in lines:
+                super().line(rank, text)
+                self.shown.append((rank, text))
+            lines.clear()
+            if rank in self.running and not everything:
+                break
+
+    def close(self):
+        self._show(everything=True)
+        in_order = list(chain(*self.of_rank))
+        if self.shown != in_order:
+            from IPython.display import clear_output
+
+            clear_output(wait=True)
+            for rank, text in in_order:
+                super().line(rank, text)
+
+
+# ---- IPython -------------------------------------------------------------------------------------
+
+
+def name_of_cell(filename):
+    """"Cell In[3]" for the temporary name that IPython gives a cell; others as they are."""
+    shell = _shell()
+    name = shell and shell.compile.format_code_name(filename)
+    return " ".join(name) if name else filename
+
+
+def this_cell():
+    frame = sys._getframe()
+    while frame.f_back and name_of_cell(frame.f_code.co_filename) == frame.f_code.co_filename:
+        frame = frame.f_back
+    return name_of_cell(frame.f_code.co_filename)
+
+
+def _shell():
+    if "IPython" not in sys.modules:
+        return None
+    return sys.modules["IPython"].get_ipython()
+
+
+def _in_notebook():
+    return hasattr(_shell(), "kernel")
