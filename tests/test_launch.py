@@ -24,6 +24,18 @@ def test_ranks_stay_for_the_next_call():
     assert zero_ref.launch(os.getpid, 2) == zero_ref.launch(os.getpid, 2)
 
 
+def test_ranks_follow_environment_and_folder(monkeypatch, tmp_path):
+    def ask():
+        return os.environ.get("HELLO"), os.getcwd()
+
+    zero_ref.launch(ask, 2)
+    monkeypatch.setenv("HELLO", "there")
+    monkeypatch.chdir(tmp_path)
+    assert zero_ref.launch(ask, 2) == [("there", str(tmp_path))] * 2
+    monkeypatch.undo()
+    assert zero_ref.launch(ask, 2) == [(None, os.getcwd())] * 2
+
+
 def test_printed_lines_are_labelled(capsys):
     zero_ref.launch(lambda: print("hello\nfrom", dist.get_rank()), 2)
     lines = capsys.readouterr().out.splitlines()
@@ -99,6 +111,20 @@ def test_a_rank_that_dies_is_reported():
 def test_an_answer_that_cannot_be_sent_is_an_error():
     with pytest.raises(zero_ref.RankError, match="pickle"):
         zero_ref.launch(lambda: (i for i in range(3)), 2)
+
+
+class Unspeakable(Exception):
+    def __str__(self):
+        raise KeyError
+
+
+def fail_unspeakably():
+    raise Unspeakable
+
+
+def test_an_exception_whose_message_raises_is_reported():
+    with pytest.raises(zero_ref.RankError, match=r"raised Unspeakable: \(its message raised"):
+        zero_ref.launch(fail_unspeakably, 2)
 
 
 @pytest.mark.parametrize("world_size", [0, -1, 1.5, "2", True])

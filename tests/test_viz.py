@@ -2,7 +2,9 @@
 
 import base64
 import colorsys
+import copy
 import io
+import itertools
 import json
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from zero_ref import course, memory, viz
 from zero_ref.record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
 from zero_ref.viz import figures
 from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
-from zero_ref.viz.stepper import StepDrawing
+from zero_ref.viz.stepper import StepDrawing, _fitting
 
 
 def step(stage, overlap):
@@ -117,7 +119,41 @@ def test_the_figures_are_drawn_anew(tmp_path):
             assert (new == old).all(), f"{path.name} is not what make figures draws"
 
 
+def blocks(stage):
+    torch.manual_seed(0)
+    net = torch.nn.ModuleDict({"transformer": torch.nn.ModuleList(
+        torch.nn.Linear(64, 64) for _ in range(9))})
+    net.forward = lambda x: torch.nn.Sequential(*net["transformer"])(x.flatten(1))
+    model = zero_ref.wrap(net, stage)
+    for i in range(2):
+        with record(model) as recording:
+            model(course.batch(i, model.rank)[0]).sum().backward()
+    return recording
+
+
+def test_titles_and_names_of_units_fit():
+    by_rank = zero_ref.launch(blocks, 2, 2)
+    drawing = StepDrawing([by_rank])
+    ax = drawing.grids[0][0].axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == [str(i) for i in range(9)]
+    for i in range(len(drawing.moments)):
+        drawing.png(i)
+        assert drawing.title.get_window_extent().x1 <= drawing.width
+    names, size = _fitting(["encoder.attention.self", "decoder.attention.cross"], 60)
+    assert all(len(name) * size * 0.72 <= 62 for name in names)
+
+
+def test_a_step_that_failed_can_be_drawn(recordings, tmp_path):
+    failed = copy.deepcopy(recordings[3, 2])
+    for recording in failed:
+        recording.events[-1].end = recording.events[-1].awaited = None
+    assert pixels(viz.timeline(failed).png()).std() > 10
+    viz.chrome_trace(failed, tmp_path / "trace.json")
+
+
 def test_recordings_that_do_not_fit_are_refused(recordings):
+    with pytest.raises(ValueError, match="differently partitioned"):
+        viz.stepper(recordings[3, 2], zero_ref.launch(blocks, 2, 0))
     with pytest.raises(ValueError, match=r"1 rank\(s\): the stepper draws 2 to 8"):
         viz.stepper(recordings[0, 2][:1])
     with pytest.raises(ValueError, match="went through different events, from number 1 on"):
@@ -160,6 +196,12 @@ def test_the_timeline_and_its_trace_file(recordings, tmp_path):
     entries = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     sent = [e["args"]["wire_bytes"] for e in entries if e["pid"] == 0 and "op" in e.get("args", {})]
     assert sum(sent) == by_rank[0].frames[-1].sent
+    lanes = {}
+    for e in entries:
+        if "op" in e.get("args", {}):
+            lanes.setdefault((e["pid"], e["tid"]), []).append((e["ts"], e["ts"] + e["dur"]))
+    for bars in lanes.values():
+        assert all(end <= start + 1e-3 for (_, end), (start, _) in itertools.pairwise(sorted(bars)))
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in entries if e["ph"] == "X")
 
 

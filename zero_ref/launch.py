@@ -9,6 +9,8 @@ import atexit
 import io
 import math
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import pickle
 import signal
@@ -66,8 +68,11 @@ def launch(fn, world_size, *args, backend=None):
     give up after $ZERO_REF_TIMEOUT seconds (default 600). Ctrl-C ends the ranks and says where they
     were.
 
+    Ranks follow this process's environment variables and folder at each call.
+
     Raises RankError within seconds if a rank fails (all ranks are ended then, and the next call
-    starts new ones), and ValueError if world_size is below 1.
+    starts new ones), KeyboardInterrupt, ValueError if world_size is below 1, and RuntimeError in a
+    process that is a rank itself.
     """
     if type(world_size) is not int or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: must be a whole number, 1 or more")
@@ -75,7 +80,7 @@ def launch(fn, world_size, *args, backend=None):
         raise RuntimeError("launch was called in a process that is a rank already; under torchrun "
                            "call zero_ref.init() and run the function itself")
     backend = backend or _default_backend(world_size)
-    job = cloudpickle.dumps((fn, args))
+    job = pickle.dumps((dict(os.environ), os.getcwd(), cloudpickle.dumps((fn, args))))
     with _one_at_a_time:
         pool = _pools.get((world_size, backend))
         if pool is None or not pool.alive():
@@ -83,9 +88,11 @@ def launch(fn, world_size, *args, backend=None):
         try:
             return pool.run(job)
         except KeyboardInterrupt:
-            text = ["Interrupted. All ranks were ended; the next call starts new ones.",
-                    *pool.where(range(world_size), patience=0.3)]
-            pool.close()
+            text = ["Interrupted. All ranks were ended; the next call starts new ones."]
+            try:
+                text += pool.where(range(world_size), patience=0.3)
+            finally:  # also if it is pressed once more
+                pool.close()
             raise Interrupted("\n".join(text)) from None
         except BaseException:  # the ranks' state is unknown now
             pool.close()
@@ -137,16 +144,27 @@ class _Pool:
             # here, instead of in every rank.
             context.set_forkserver_preload(["zero_ref.launch", "torch._dynamo"])
         self.ranks, self.jobs, self.controls = [], [], []
+        try:
+            self._start(context, world_size)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, context, world_size):
+        if os.name == "posix":
+            multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
+            with _no_interrupt():
+                multiprocessing.forkserver.ensure_running()
         for rank in range(world_size):
             (job, job_there), (control, control_there) = context.Pipe(), context.Pipe()
-            place = (rank, world_size, backend, self.store.port)
+            place = (rank, world_size, self.backend, self.store.port)
             process = context.Process(target=_rank_main, args=(*place, job_there, control_there),
                                       name=f"rank {rank}")
+            self.ranks.append(process)
             with _nameless_main():
                 process.start()
             job_there.close()
             control_there.close()
-            self.ranks.append(process)
             self.jobs.append(job)
             self.controls.append(control)
 
@@ -154,9 +172,10 @@ class _Pool:
         return bool(self.ranks) and all(process.is_alive() for process in self.ranks)
 
     def close(self):
-        for process in self.ranks:
+        started = [process for process in self.ranks if process.pid]
+        for process in started:
             process.kill()
-        for process in self.ranks:
+        for process in started:
             process.join()
         self.ranks = []
 
@@ -171,10 +190,7 @@ class _Pool:
                 patience = None if wake == math.inf else max(0, wake - time.monotonic())
                 for connection in wait(list(waiting), patience):
                     rank = waiting[connection]
-                    try:
-                        kind, value = pickle.loads(connection.recv_bytes())
-                    except (EOFError, ConnectionError):
-                        kind, value = "failed", self._obituary(rank)
+                    kind, value = self._receive(connection, rank)
                     if kind == "line":
                         shown.line(rank, value)
                         continue
@@ -187,6 +203,17 @@ class _Pool:
             raise self._error(failures, sorted(waiting.values()))
         return [results[rank] for rank in range(len(self.ranks))]
 
+    def _receive(self, connection, rank):
+        try:
+            message = connection.recv_bytes()
+        except (EOFError, ConnectionError):
+            return "failed", self._obituary(rank)
+        try:
+            return pickle.loads(message)
+        except Exception as error:
+            reason = f"its answer cannot be read here: {error}"
+            return "failed", _Failure(time.monotonic(), type(error).__name__, reason)
+
     def _obituary(self, rank):
         self.ranks[rank].join(1)
         code = self.ranks[rank].exitcode
@@ -194,8 +221,10 @@ class _Pool:
         return _Failure(time.monotonic(), "ProcessDied", f"its process ended with {how}")
 
     def _error(self, failures, still_waiting):
-        """The earliest failure is the cause; the others' are usually its consequences."""
-        first, *others = sorted(failures, key=lambda rank: failures[rank].when)
+        """A rank that died is the cause, or else the earliest failure; the others' are usually its
+        consequences."""
+        first, *others = sorted(failures, key=lambda rank: (failures[rank].kind != "ProcessDied",
+                                                            failures[rank].when))
         cause = failures[first]
         text = [f"rank {first} raised {cause.kind}: {cause.reason}"]
         text += map(_formatted, cause.traceback)
@@ -204,6 +233,7 @@ class _Pool:
             same = (f.kind, f.reason) == (cause.kind, cause.reason)
             text.append(f"rank {rank} raised " + ("the same" if same else f"{f.kind}: {f.reason}"))
         text += self.where(still_waiting, patience=2)
+        text.append("All ranks were ended; the next call starts new ones.")
         return RankError("\n".join(text), first, cause.kind, cause.reason)
 
     def where(self, ranks, patience):
@@ -231,6 +261,16 @@ def _formatted(part):
         _ = frame.line
         frame.filename = name_of_cell(frame.filename)
     return "".join(traceback.format_list(part)).rstrip()
+
+
+@contextmanager
+def _no_interrupt():
+    """The fork server inherits this: Ctrl-C while it imports torch would end it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -291,13 +331,18 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
             jobs.send_bytes(message)
 
     joined = False
+    own_names = {"GLOO_SOCKET_IFNAME"}
     while True:
         try:
-            job = jobs.recv_bytes()
+            environment, folder, job = pickle.loads(jobs.recv_bytes())
         except EOFError:
             return
         lines = _Lines(send)
         try:
+            for name in os.environ.keys() - environment.keys() - own_names:
+                del os.environ[name]
+            os.environ.update(environment)
+            os.chdir(folder)
             if not joined:
                 store = dist.TCPStore("127.0.0.1", port, is_master=False)
                 _join(backend, rank, store=store, rank=rank, world_size=world_size)
@@ -310,8 +355,12 @@ def _rank_main(rank, world_size, backend, port, jobs, control):
         except BaseException as error:
             lines.close_line()
             failure.annotate(error)
-            what = type(error).__name__, str(error)
-            send("failed", _Failure(time.monotonic(), *what, _traceback(error)))
+            when, kind = time.monotonic(), type(error).__name__
+            try:
+                failed = _Failure(when, kind, str(error), _traceback(error))
+            except Exception as another:  # an exception that cannot be shown
+                failed = _Failure(when, kind, f"(its message raised {type(another).__name__})")
+            send("failed", failed)
 
 
 def _answer_or_end(control):
@@ -326,17 +375,23 @@ def _answer_or_end(control):
         stack = traceback.walk_stack(sys._current_frames()[main])
         stack = traceback.StackSummary.extract(stack, lookup_lines=False)
         stack.reverse()
-        control.send(_own(stack)[-3:])
+        own = _own(stack)
+        here = os.path.dirname(__file__)
+        theirs = [frame for frame in own if not frame.filename.startswith(here)]
+        # The caller's lines, and what they have come to.
+        inside = [frame for frame in own[-1:] if frame not in theirs]
+        control.send(traceback.StackSummary([*theirs[-2:], *inside]))
     os._exit(1)
 
 
-def _traceback(error):
+def _traceback(error, seen=()):
     """A list of text and of frames: plain data, that any process can read."""
-    parts = []
-    if error.__cause__ is not None:
-        parts += [*_traceback(error.__cause__), "The above was the direct cause of this:"]
-    elif error.__context__ is not None and not error.__suppress_context__:
-        parts += [*_traceback(error.__context__), "While that was handled, this came up:"]
+    parts, seen = [], (*seen, error)
+    cause, context = error.__cause__, error.__context__
+    if cause is not None and cause not in seen:
+        parts += [*_traceback(cause, seen), "The above was the direct cause of this:"]
+    elif context is not None and not error.__suppress_context__ and context not in seen:
+        parts += [*_traceback(context, seen), "While that was handled, this came up:"]
     frames = traceback.StackSummary.extract(traceback.walk_tb(error.__traceback__),
                                             lookup_lines=False)
     what = "".join(traceback.format_exception_only(error)).rstrip()

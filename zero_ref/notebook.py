@@ -7,14 +7,17 @@ expression, every rank shows its value.
 
 import ast
 import linecache
+import sys
+import types
 
 import torch
 import torch.distributed as dist
 
 from .launch import launch
-from .output import this_cell
+from .output import owning_the_cell, this_cell
 
-_namespace = {}  # of this rank
+_main = types.ModuleType("__main__")  # of this rank
+_namespace = vars(_main)
 
 
 def load_ipython_extension(shell):
@@ -23,7 +26,8 @@ def load_ipython_extension(shell):
 
 
 def fetch(name, world_size):
-    """The values that a variable of `%%ranks` cells has, as a list in rank order."""
+    """The values that a variable of `%%ranks` cells has, as a list in rank order. Each number of
+    ranks has processes, and so variables, of its own. Raises RankError if there is none."""
     return launch(_value, world_size, name)
 
 
@@ -43,16 +47,22 @@ def _ranks(line, cell):
     source = "\n" + cell
     name = this_cell()
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
-    compile(source, name, "exec")  # a SyntaxError is shown once, before anything runs
-    launch(_run_cell, int(line), source, name)
+    try:
+        compile(source, name, "exec")  # once, before anything runs
+    except SyntaxError as error:
+        line_of_it = (error.text or "").strip()
+        raise UsageError(f"{name}, line {error.lineno}: {error.msg}: {line_of_it}\n(magics, ! and "
+                         "await do not work in a %%ranks cell)") from None
+    with owning_the_cell():
+        launch(_run_cell, int(line), source, name)
 
 
 def _run_cell(source, name):
     """On every rank: run the cell in the namespace that this rank keeps."""
-    if not _namespace:
-        device = torch.device("cuda") if "nccl" in str(dist.get_backend_config()) else "cpu"
-        _namespace.update(__name__="__main__", rank=dist.get_rank(), device=torch.device(device),
-                          world_size=dist.get_world_size(), torch=torch, dist=dist)
+    sys.modules["__main__"] = _main  # where pickle looks for the classes of such cells
+    on_gpu = "nccl" in str(dist.get_backend_config())
+    _namespace.update(rank=dist.get_rank(), world_size=dist.get_world_size(), torch=torch,
+                      dist=dist, device=torch.device("cuda" if on_gpu else "cpu"))
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)
     tree = ast.parse(source, name)
     shown = tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";")

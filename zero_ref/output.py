@@ -9,6 +9,20 @@ from itertools import chain
 _PATIENCE = 2.0  # seconds that a line waits for its turn
 
 
+_cell_is_ours = False
+
+
+@contextmanager
+def owning_the_cell():
+    """Inside, all that the notebook's cell shows comes from ranks, so it may be written anew."""
+    global _cell_is_ours
+    _cell_is_ours = True
+    try:
+        yield
+    finally:
+        _cell_is_ours = False
+
+
 @contextmanager
 def output(world_size):
     """Where the launcher puts what the ranks print."""
@@ -36,8 +50,8 @@ class _AsTheyCome:
 
 class _InOrder(_AsTheyCome):
     """All of rank 0's lines, then all of rank 1's, and so on, so that a notebook looks the same
-    after every run. A line that has to wait long for its turn appears before it; in that case the
-    cell's output is written anew at the end."""
+    after every run. A line that has to wait long for its turn appears before it; in that case a
+    %%ranks cell's output is written anew at the end."""
 
     def __init__(self, world_size):
         self.of_rank = [[] for _ in range(world_size)]
@@ -65,7 +79,7 @@ class _InOrder(_AsTheyCome):
     def _show(self, everything=False):
         for rank, lines in enumerate(self.waiting):
             for _, text in lines:
-                super().line(rank, text)
+                print(f"[rank {rank}] {text}")  # not flushed: one message for many lines
                 self.shown.append((rank, text))
             lines.clear()
             if rank in self.running and not everything:
@@ -74,12 +88,12 @@ class _InOrder(_AsTheyCome):
     def close(self):
         self._show(everything=True)
         in_order = list(chain(*self.of_rank))
-        if self.shown != in_order:
+        if _cell_is_ours and self.shown != in_order:
             from IPython.display import clear_output
 
             clear_output(wait=True)
             for rank, text in in_order:
-                super().line(rank, text)
+                print(f"[rank {rank}] {text}")
 
 
 # ---- IPython -------------------------------------------------------------------------------------

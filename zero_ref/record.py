@@ -29,7 +29,8 @@ _GATHERS, _REDUCES = {"all_gather"}, {"reduce_scatter", "all_reduce"}
 
 @dataclass
 class Layout:
-    """A unit's flat buffer. offsets: where each parameter begins, then where the last one ends."""
+    """A unit's flat buffer, sizes in elements. offsets: where each parameter begins, then where the
+    last one ends."""
 
     name: str
     names: list[str]
@@ -48,7 +49,8 @@ class Frame:
     what: "start", "forward", "backward", "reshard", "step", "end" or the name of the collective
     that was just issued. time: `time.monotonic()` seconds. held: {unit: {"parameters": …,
     "gradients": …, "optimizer": …}}, each a letter per slice. bytes: `memory.resident` at this
-    moment. sent: bytes that this rank has had to send since the start, this collective's included.
+    moment. sent: bytes that this rank has had to send since the start, this collective's included;
+    wire_bytes: for this collective alone.
     """
 
     what: str
@@ -97,7 +99,8 @@ def record(model, optimizer=None):
     """Record this rank's part of what happens inside. Yields a Recording, filled at the end.
 
     model: what `zero_ref.wrap` returned. The optimizer's states exist from its first step on, so
-    record the second step to see them from the start. Raises ValueError for any other module.
+    record the second step to see them from the start. Collectives of another model inside the block
+    would be taken for this one's. Raises ValueError for any other module.
     """
     if not hasattr(model, "units"):
         raise ValueError(f"record takes what zero_ref.wrap returned, this is a "
@@ -176,7 +179,7 @@ class _Recorder(Trace):
 
     def states(self, unit):
         known = self.optimizer.state if self.optimizer is not None else {}
-        has = any(key != "step" for p in unit.owned for key in known.get(p, ()))
+        has = any(key != "step" for p in unit.owned if p.numel() for key in known.get(p, ()))
         return self.slices(unit, OWNED if has else ABSENT, ABSENT)
 
     # ---- where ----------------------------------------------------------------------------------

@@ -16,10 +16,12 @@ def memory_over_step(*recordings, formula=None):
     another in a last panel.
 
     formula: {stage: bytes at rest} to draw as a line; by default none. Activations and messages
-    under way are not model states, and so not in the picture.
+    under way are not model states, and so not in the picture. Raises ValueError for no recording or
+    more than four.
     """
-    if not recordings:
-        raise ValueError("no recording to draw: give at least one")
+    if not 1 <= len(recordings) <= len(_LINES):
+        raise ValueError(f"{len(recordings)} recordings to draw: give at least one and at most "
+                         f"{len(_LINES)}")
     together = len(recordings) > 1
     figure = Figure(figsize=(9, 3.2), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(recordings) + together, sharey=True, squeeze=False)[0]

@@ -25,6 +25,6 @@ def bytes_text(nbytes):
         return f"{nbytes:,.0f} B"
     for unit in ("kB", "MB", "GB"):
         nbytes /= 1000
-        if nbytes < 1000:
+        if round(nbytes, 1) < 1000:
             return f"{nbytes:.1f} {unit}"
     return f"{nbytes / 1000:,.1f} TB"

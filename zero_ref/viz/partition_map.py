@@ -26,8 +26,9 @@ def _draw(ax, unit, widest):
     size = unit.padded_numel // unit.world_size
     for i, (name, start, end) in enumerate(zip(unit.names, unit.offsets, unit.offsets[1:])):
         colour = PARAMETERS if i % 2 == 0 else tint(PARAMETERS, 0.25)
-        _box(ax, start, end, 1, colour, [f"{_last(name)}  {end - start:,}", f"{end - start:,}"],
-             widest)
+        size_of = f"{end - start:,}"
+        names = [name.removeprefix(f"{unit.name}."), name.rsplit(".", 1)[-1]]
+        _box(ax, start, end, 1, colour, [*(f"{n}  {size_of}" for n in names), size_of], widest)
     if unit.padded_numel > unit.numel:
         _box(ax, unit.numel, unit.padded_numel, 1, "white", [], widest, hatch="////")
     for rank in range(unit.world_size):
@@ -58,10 +59,6 @@ def _box(ax, start, end, y, colour, labels, widest, hatch=None):
             ax.text((start + end) / 2, y + 0.45, label, ha="center", va="center", color="white",
                     fontsize=9)
             break
-
-
-def _last(name):
-    return ".".join(name.split(".")[-1:])
 
 
 def _describe(unit):

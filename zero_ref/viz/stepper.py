@@ -1,5 +1,7 @@
 """A recorded step, one event at a time: what every rank holds of every unit."""
 
+from itertools import groupby, takewhile
+
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
@@ -29,8 +31,8 @@ _SAY = {
     "step": "the optimizer updates what it owns",
     "end": "after the step and zero_grad()",
     "all_gather": "all_gather: everyone sends its slice of unit {unit} to everyone",
-    "reduce_scatter": "reduce_scatter: unit {unit}'s gradients are summed, each owner gets its "
-                      "slice",
+    "reduce_scatter": "reduce_scatter: each owner gets its slice of the sum of unit {unit}'s "
+                      "gradients",
     "all_reduce": "all_reduce: unit {unit}'s gradients are summed for everyone",
     "broadcast": "broadcast: rank 0's {unit}",
 }
@@ -81,7 +83,7 @@ class StepDrawing:
     """
 
     def __init__(self, stages, stage0=None):
-        _check(stages)
+        _check([*stages, stage0] if stage0 else stages)
         self.stages = stages
         self.several = len(stages) > 1
         self.moments, self.position = _moments(stages)
@@ -128,7 +130,7 @@ class StepDrawing:
         else:
             self._grid([0.075, bottom, 0.55, tall], ranks=True)
             of = stage0 or []
-            held = max((sum(f.bytes.values()) for r in of for f in r.frames[:1]), default=None)
+            held = max((sum(f.bytes.values()) for r in of for f in r.frames[-1:]), default=None)
             sent = max((r.frames[-1].sent for r in of), default=None)
             self._bar_axes([0.655, bottom, 0.19, tall], "held", self.most_held, held)
             self._bar_axes([0.87, bottom, 0.115, tall], "sent so far", self.most_sent, sent)
@@ -158,9 +160,9 @@ class StepDrawing:
             ax.add_collection(self._changes(collection), autolim=False)
         self.grids.append(changing)
         middle = [u * (n + gap) + n / 2 for u in range(len(self.units))]
-        names = [f"unit {unit.name}" if len(self.units) <= 4 and not self.several else unit.name
-                 for unit in self.units]
-        ax.set_xticks(middle, names, fontsize=9)
+        names, size = _fitting([unit.name for unit in self.units],
+                               place[2] * self.width / len(self.units))
+        ax.set_xticks(middle, names, fontsize=size)
         ax.set_yticks([r * 4 + 1.4 for r in range(n)], [f"rank {r}" for r in range(n)]
                       if ranks else [""] * n, fontsize=10)
         ax.tick_params(length=0)
@@ -193,15 +195,15 @@ class StepDrawing:
         ax.axis("off")
         for i, frame in enumerate(frames):
             letters = SHORT.get(frame.what) or _LETTER.get(frame.what)
-            if letters:
+            if letters and len(frames) <= 60:
                 self._changes(ax.text(i + 0.48, 0.5, letters, ha="center", va="center", zorder=5,
-                                      fontsize=8.5 if len(frames) <= 32 else 6))
-        phase_of = [f.phase or "" for f in frames]
-        for phase in ("forward", "backward", "step"):
-            where = [i for i, p in enumerate(phase_of) if p == phase]
-            if where:
-                ax.text((where[0] + where[-1] + 1) / 2, -0.12, phase, ha="center", va="top",
-                        fontsize=9)
+                                      fontsize=8.5 if len(frames) <= 32 else 5))
+        start, room = 0, place[2] * self.width / len(frames)
+        for phase, run in groupby(frames, key=lambda frame: frame.phase):
+            end = start + len(list(run))
+            if phase and (end - start) * room > 7 * len(phase):
+                ax.text((start + end) / 2, -0.12, phase, ha="center", va="top", fontsize=9)
+            start = end
         squares = [[(i + 0.04, 0), (i + 0.92, 0), (i + 0.92, 1), (i + 0.04, 1)]
                    for i in range(len(frames))]
         self.ribbon = PolyCollection(squares)
@@ -218,6 +220,12 @@ class StepDrawing:
         self.figure.legend(handles=patches, loc="lower center", ncols=7, frameon=False,
                            bbox_to_anchor=(0.5, y - 0.012), fontsize=9, columnspacing=1,
                            handlelength=1.2, handletextpad=0.5)
+
+    def _set_title(self, text):
+        self.title.set_text(text)
+        self.title.set_fontsize(13)
+        wide = self.title.get_window_extent(self.canvas.get_renderer()).width
+        self.title.set_fontsize(min(13, 13 * 0.95 * self.width / wide))
 
     def _changes(self, artist):
         artist.set_animated(True)
@@ -267,7 +275,7 @@ class StepDrawing:
         self._set_bars(*sent, [[(frame.sent, COMMUNICATION)] for frame in frames])
         first, last = frames[0], len(recordings[0].frames) - 1
         say = _SAY.get(first.what, first.what + " {unit}").format(unit=first.unit)
-        self.title.set_text(f"Stage {recordings[0].stage}, event {moment} of {last}: {say}")
+        self._set_title(f"Stage {recordings[0].stage}, event {moment} of {last}: {say}")
         colours, edges = [], []
         for i, frame in enumerate(recordings[0].frames):
             colour = COMMUNICATION if frame.what in SHORT else _RIBBON.get(frame.what, PAPER)
@@ -278,7 +286,7 @@ class StepDrawing:
 
     def _update_several(self, moment):
         what, unit = self.moments[moment]
-        self.title.set_text(_SAY[what].format(unit=unit).capitalize())
+        self._set_title(_SAY[what].format(unit=unit).capitalize())
         for recordings, positions, note in zip(self.stages, self.position, self.notes):
             frames = [r.frames[positions[moment]] for r in recordings]
             held = max(sum(frame.bytes.values()) for frame in frames)
@@ -298,6 +306,21 @@ class StepDrawing:
                 left = right
             texts[rank].set_text(bytes_text(left))
         bars.set(verts=corners, facecolors=colours)
+
+
+def _fitting(names, pixels):
+    """Names of units that fit into columns of this width, and their font size."""
+    heads = zip(*[name.split(".")[:-1] for name in names])
+    shared = "".join(f"{part[0]}." for part in takewhile(lambda part: len(set(part)) == 1, heads))
+    names = [f"unit {name}" for name in names] if not shared else [
+        name.removeprefix(shared) for name in names]
+    longest = max(map(len, names))
+    if longest * 6.5 > pixels and not shared:
+        names = [name.removeprefix("unit ") for name in names]
+        longest = max(map(len, names))
+    size = min(9, max(5.5, 9 * pixels / (longest * 6.5)))
+    room = max(2, int(pixels / (size * 0.72)))
+    return [name if len(name) <= room else "…" + name[-room + 1 :] for name in names], size
 
 
 def _check(stages):

@@ -9,7 +9,8 @@ from .palette import BACKWARD, COMMUNICATION, FORWARD, INK, OPTIMIZER, SHORT
 from .picture import Picture
 
 _PHASES = {"forward": FORWARD, "backward": BACKWARD, "step": OPTIMIZER}
-_HATCHES = {"all_gather": None, "reduce_scatter": "////", "all_reduce": "xxxx"}
+_HATCHES = {"all_gather": None, "reduce_scatter": "////", "all_reduce": "xxxx",
+            "broadcast": "...."}
 
 
 def timeline(recordings):
@@ -27,10 +28,12 @@ def timeline(recordings):
         for span in r.spans:
             _bar(ax, began, span.start, span.end, y, 0.8, color=_PHASES[span.phase])
         for event in r.events:
+            if event.end is None:  # the step failed while it was under way
+                continue
             half = 0 if event.op == "all_gather" else 0.4  # two kinds may be under way at once
             _bar(ax, began, event.start, event.end, y + 0.9 + half, 0.38, facecolor=COMMUNICATION,
                  hatch=_HATCHES.get(event.op), edgecolor="white", linewidth=0.5)
-            if event.end > event.awaited:
+            if event.awaited is not None and event.end > event.awaited:
                 _bar(ax, began, event.awaited, event.end, y + 0.1, 0.6, facecolor="white",
                      edgecolor=INK, linewidth=0.6, zorder=3)
     ax.set_yticks(*zip(*ticks), fontsize=9)
@@ -67,13 +70,18 @@ def chrome_trace(recordings, path):
         for span in r.spans:
             entries.append(entry(r.rank, "1 computes", f"{span.phase} {span.unit}", span.start,
                                  span.end))
+        free = {}  # kind of collective -> when the last one ended: bars of a thread may not cross
         for event in r.events:
+            if event.end is None:
+                continue
             name = f"{SHORT[event.op]} {event.unit}"
+            start = max(event.start, free.get(event.op, event.start))
+            end = free[event.op] = max(start, event.end)
             # all_gathers and reductions may be under way at once, which one thread cannot show
-            entries.append(entry(r.rank, f"2 {event.op}", name, event.start, event.end,
+            entries.append(entry(r.rank, f"2 {event.op}", name, start, end,
                                  op=event.op, phase=event.phase, bytes=event.bytes,
                                  wire_bytes=event.wire_bytes))
-            if event.end > event.awaited:
+            if event.awaited is not None and event.end > event.awaited:
                 entries.append(entry(r.rank, "3 waits", f"for {name}", event.awaited, event.end))
     with open(path, "w") as file:
         json.dump({"traceEvents": entries, "displayTimeUnit": "ms"}, file)
