@@ -178,6 +178,15 @@ def test_interrupt_ends_a_deadlock_and_the_next_cell_works(kernel):
     assert kernel.run("%%ranks 2\nrank")[0] == "[rank 0] 0\n[rank 1] 1\n"
 
 
+def test_interrupt_says_who_had_finished(kernel):
+    kernel.run("import signal, threading, zero_ref, torch.distributed as dist\ndef skips():\n"
+               "    if dist.get_rank() != 1:\n        dist.barrier()\n"
+               "main = threading.main_thread().ident")
+    error = kernel.run("threading.Timer(1.5, signal.pthread_kill, (main, signal.SIGINT)).start()\n"
+                       "zero_ref.launch(skips, 3)")[1]
+    assert "rank 1 had finished\nrank 0 was still at" in error and "rank 2 was still at" in error
+
+
 def test_no_rank_outlives_the_kernel():
     with Kernel() as kernel:
         pids = kernel.pids(2)

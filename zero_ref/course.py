@@ -45,9 +45,13 @@ def verdict(what, predicted, measured):
     if predicted is None:
         print(f"{what}: measured {_number(measured)}. Type your prediction in above and run again.")
     else:
-        right = predicted == measured
-        print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)}"
-              f" — {'right' if right else 'not what you expected: why?'}")
+        how = "not what you expected: why?"
+        if predicted == measured:
+            how = "right"
+        elif {type(predicted), type(measured)} <= {int, float} and (
+                abs(predicted - measured) <= 0.01 * abs(measured)):
+            how = "right, within one percent: padding, for instance"
+        print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)} — {how}")
 
 
 def same_bits(reference, *others):

@@ -80,7 +80,7 @@ def launch(fn, world_size, *args, backend=None):
         raise RuntimeError("launch was called in a process that is a rank already; under torchrun "
                            "call zero_ref.init() and run the function itself")
     backend = backend or _default_backend(world_size)
-    job = pickle.dumps((dict(os.environ), os.getcwd(), cloudpickle.dumps((fn, args))))
+    job = cloudpickle.dumps((fn, args))
     with _one_at_a_time:
         pool = _pools.get((world_size, backend))
         if pool is None or not pool.alive():
@@ -89,8 +89,10 @@ def launch(fn, world_size, *args, backend=None):
             return pool.run(job)
         except KeyboardInterrupt:
             text = ["Interrupted. All ranks were ended; the next call starts new ones."]
+            text += [f"rank {rank} had finished" for rank in range(world_size)
+                     if rank not in pool.unfinished]
             try:
-                text += pool.where(range(world_size), patience=0.3)
+                text += pool.where(sorted(pool.unfinished), patience=0.3)
             finally:  # also if it is pressed once more
                 pool.close()
             raise Interrupted("\n".join(text)) from None
@@ -180,9 +182,11 @@ class _Pool:
         self.ranks = []
 
     def run(self, job):
+        message = pickle.dumps((dict(os.environ), os.getcwd(), job))
         for connection in self.jobs:
-            connection.send_bytes(job)
+            connection.send_bytes(message)
         results, failures = {}, {}
+        self.unfinished = set(range(len(self.ranks)))
         waiting, deadline = dict(zip(self.jobs, range(len(self.jobs)))), math.inf
         with output(len(self.ranks)) as shown:
             while waiting and time.monotonic() < deadline:
@@ -195,6 +199,7 @@ class _Pool:
                         shown.line(rank, value)
                         continue
                     shown.done(rank)
+                    self.unfinished.discard(rank)
                     (results if kind == "done" else failures)[rank] = value
                     del waiting[connection]
                     if kind == "failed":

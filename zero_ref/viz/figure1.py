@@ -34,7 +34,7 @@ def figure1(numel=7_500_000_000, world_size=64, bytes_per_value=(2, 2, 12), stag
             ax.barh(y, row[kind] / unit, left=left, color=colour, height=0.7,
                     alpha=1 if stage in (None, y) else 0.35)
             left += row[kind] / unit
-        ax.annotate(f"{left:,.2f} {name}", (left, y), xytext=(6, 0), va="center", color=INK,
+        ax.annotate(_size(sum(row.values())), (left, y), xytext=(6, 0), va="center", color=INK,
                     textcoords="offset points", weight="bold" if stage == y else "normal")
     ax.set_yticks(range(4), _NAMES)
     ax.invert_yaxis()
@@ -45,8 +45,7 @@ def figure1(numel=7_500_000_000, world_size=64, bytes_per_value=(2, 2, 12), stag
     ax.spines[["top", "right"]].set_visible(False)
     ax.set_title(f"Ψ = {numel:,} parameters, N = {world_size} ranks, bytes per parameter: "
                  f"{' + '.join(map(str, bytes_per_value))}", loc="left", fontsize=11)
-    text = "; ".join(f"stage {s}: {sum(row.values()) / unit:,.2f} {name}"
-                     for s, row in enumerate(rows))
+    text = "; ".join(f"stage {s}: {_size(sum(row.values()))}" for s, row in enumerate(rows))
     return Picture(figure, f"{numel:,} parameters on {world_size} ranks: {text}")
 
 
@@ -94,6 +93,11 @@ def _states(numel, world_size, stage, bytes_per_value):
     parameter, gradient, optimizer = map(_Bytes, bytes_per_value)
     return memory.model_states(numel, world_size, stage, param_dtype=parameter,
                                grad_dtype=gradient, optimizer_dtypes=(optimizer,))
+
+
+def _size(nbytes):
+    unit, name = _unit(nbytes)
+    return f"{nbytes / unit:,.2f} {name}"
 
 
 def _unit(nbytes):
