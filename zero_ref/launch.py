@@ -146,6 +146,7 @@ class _Pool:
             # here, instead of in every rank.
             context.set_forkserver_preload(["zero_ref.launch", "torch._dynamo"])
         self.ranks, self.jobs, self.controls = [], [], []
+        self.unfinished = set(range(world_size))
         try:
             self._start(context, world_size)
         except BaseException:
