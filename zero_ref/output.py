@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from itertools import chain
 
 _PATIENCE = 2.0  # seconds that a line waits for its turn
-
-
 _cell_is_ours = False
 
 
@@ -35,7 +33,10 @@ def output(world_size):
 
 class _AsTheyCome:
     def line(self, rank, text):
-        print(f"[rank {rank}] {text}", flush=True)
+        self.print(rank, text, flush=True)
+
+    def print(self, rank, text, flush=False):
+        print(f"[rank {rank}] {text}", flush=flush)
 
     def done(self, rank):
         """This rank prints nothing more."""
@@ -79,7 +80,7 @@ class _InOrder(_AsTheyCome):
     def _show(self, everything=False):
         for rank, lines in enumerate(self.waiting):
             for _, text in lines:
-                print(f"[rank {rank}] {text}")  # not flushed: one message for many lines
+                self.print(rank, text)  # not flushed: one message for many lines
                 self.shown.append((rank, text))
             lines.clear()
             if rank in self.running and not everything:
@@ -93,7 +94,7 @@ class _InOrder(_AsTheyCome):
 
             clear_output(wait=True)
             for rank, text in in_order:
-                print(f"[rank {rank}] {text}")
+                self.print(rank, text)
 
 
 # ---- IPython -------------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ IN_FLIGHT = "f"  # part of a collective that this rank has issued and not yet wa
 EMPTY = "e"  # memory is there, but holds nothing that counts
 ABSENT = " "
 
+COMPUTED = ("start", "forward", "backward", "step", "end")  # the frames that all stages have
+
 _GATHERS, _REDUCES = {"all_gather"}, {"reduce_scatter", "all_reduce"}
 
 

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from matplotlib.figure import Figure
 
+from ..record import COMPUTED
 from .palette import COMMUNICATION, INK, KINDS, bytes_text
 from .picture import Picture
 
@@ -84,8 +85,7 @@ def _tidy(ax, right):
 
 def _moments(recording):
     """Each frame's place between 0 and 1, the same for what all stages compute."""
-    computed = [i for i, f in enumerate(recording.frames)
-                if f.what in ("start", "forward", "backward", "step", "end")]
+    computed = [i for i, f in enumerate(recording.frames) if f.what in COMPUTED]
     places = []
     for k, (here, following) in enumerate(pairwise(computed)):
         places += [k + j / (following - here) for j in range(following - here)]

@@ -7,7 +7,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
+from ..record import ABSENT, COMPUTED, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
 from .palette import (
     BACKWARD,
     COMMUNICATION,
@@ -349,8 +349,7 @@ def _moments(stages):
     if len(stages) == 1:
         frames = stages[0][0].frames
         return [(f.what, f.unit) for f in frames], [list(range(len(frames)))]
-    common = {"start", "forward", "backward", "step", "end"}
-    positions = [[i for i, f in enumerate(recordings[0].frames) if f.what in common]
+    positions = [[i for i, f in enumerate(recordings[0].frames) if f.what in COMPUTED]
                  for recordings in stages]
     moments = [[(r[0].frames[i].what, r[0].frames[i].unit) for i in where]
                for r, where in zip(stages, positions)]
