@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from zero_ref import bench
-from zero_ref.cli import main
+from zero_ref.commands import bench
+from zero_ref.commands.cli import main
 
 FEW = ["--rounds", "1", "--steps", "2"]
 EVERYWHERE = [s for s in bench.SYSTEMS if not s.startswith("DeepSpeed")]

@@ -10,8 +10,8 @@ import toy
 
 import zero_ref
 from zero_ref import comm, memory
-from zero_ref.compare import _peak_bytes
-from zero_ref.trace import loopback_bytes
+from zero_ref.commands.compare import _peak_bytes
+from zero_ref.observe.trace import loopback_bytes
 
 STAGES = (0, 1, 2, 3)
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}

@@ -7,7 +7,7 @@ import torch
 import toy
 
 from zero_ref import RankError, comm, memory, partition
-from zero_ref.placeholder import show_in_module
+from zero_ref.engine.placeholder import show_in_module
 from zero_ref.stage1 import Stage1
 from zero_ref.stage2 import Stage2
 from zero_ref.stage3 import Stage3

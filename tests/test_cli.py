@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import zero_ref
-from zero_ref import compare as compare_module
-from zero_ref.cli import main
+from zero_ref.commands import compare as compare_module
+from zero_ref.commands.cli import main
 
 FEW = ["--world-size", "2", "--steps", "4", "--batch-size", "8"]
 
@@ -75,7 +75,7 @@ def test_compare_fails_if_a_promise_does_not_hold(monkeypatch, capsys):
 
 def test_digits_are_learnt():
     """Held-out accuracy above 95 %, with the command's own defaults."""
-    report = zero_ref.launch(lambda: zero_ref.train.train(
+    report = zero_ref.launch(lambda: zero_ref.commands.train.train(
         "digits", 3, steps=200, batch_size=48, optimizer="adam", device="cpu", seed=0,
         data_dir=None), 2)[0]
     assert report["held_out"] > 0.95

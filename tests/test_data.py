@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import zero_ref
-from zero_ref import data
-from zero_ref.train import train
+from zero_ref.commands.train import train
+from zero_ref.tasks import data
 
 
 def test_digits():

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import zero_ref
-from zero_ref import check, memory
+from zero_ref import memory
+from zero_ref.engine import agreement as check
 
 STAGES = (0, 1, 2, 3)
 WIDTH = 5

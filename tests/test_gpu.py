@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from zero_ref.cli import main
+from zero_ref.commands.cli import main
 
 pytestmark = pytest.mark.gpu
 FEW = ["--steps", "6", "--batch-size", "24", "--device", "cuda"]

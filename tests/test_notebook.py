@@ -65,7 +65,7 @@ def test_a_cell_runs_on_every_rank_and_its_names_stay(kernel):
 
 def test_values_are_fetched_from_ranks(kernel):
     kernel.run("%%ranks 2\nmine = rank * 10\nx = 0")
-    kernel.run("from zero_ref.notebook import fetch")
+    kernel.run("from zero_ref.ranks.notebook import fetch")
     assert kernel.run("print(fetch('mine', 2))")[0] == "[0, 10]\n"
     error = kernel.run("fetch('yours', 2)")[1]
     assert "NameError: no %%ranks cell has defined 'yours' on these ranks" in error

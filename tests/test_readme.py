@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from zero_ref import bench, compare, optim
+from zero_ref.commands import bench, compare
+from zero_ref.engine import optimizers as optim
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

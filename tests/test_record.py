@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from toy import batch, build, ranks
 
 import zero_ref
-from zero_ref.record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, record
+from zero_ref.observe.recorder import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, record
 
 
 def recorded(stage, step=1, **options):

@@ -16,7 +16,7 @@ from PIL import Image
 
 import zero_ref
 from zero_ref import course, memory, viz
-from zero_ref.record import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
+from zero_ref.observe.recorder import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
 from zero_ref.viz import figures
 from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
 from zero_ref.viz.stepper import StepDrawing, _fitting

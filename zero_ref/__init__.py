@@ -7,17 +7,18 @@ from itertools import zip_longest
 
 import torch.distributed as dist
 
-from . import check as checking
-from . import comm, memory
-from .launch import RankError, init, launch
-from .notebook import load_ipython_extension
+from . import comm
+from .engine import agreement
+from .engine.precision import GradScaler, MixedPrecision, own_precision
+from .observe import memory
+from .observe.trace import trace
 from .partition import partition
-from .precision import GradScaler, MixedPrecision, own_precision
+from .ranks.launch import RankError, init, launch
+from .ranks.notebook import load_ipython_extension
 from .stage0 import Stage0, wrapped
 from .stage1 import Stage1
 from .stage2 import Stage2
 from .stage3 import Stage3
-from .trace import trace
 
 __all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
            "init", "launch", "load_ipython_extension", "memory", "trace", "wrap"]
@@ -65,7 +66,7 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
         problem = error
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
-    checked = bool(check) or checking.wanted()
+    checked = bool(check) or agreement.wanted()
     _agree((stage, reshard_after_forward, repr(mixed_precision), checked), module, parts, problem,
            group)
     options = {"overlap": overlap, "mixed_precision": mixed_precision, "checked": checked}

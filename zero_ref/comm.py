@@ -23,7 +23,8 @@ import threading
 import torch
 import torch.distributed as dist
 
-from . import check, trace
+from .engine import agreement
+from .observe import trace
 
 # torch 2.13 deprecates the old names of these two; 2.11 has only the old ones.
 _nccl_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -279,7 +280,7 @@ def _on_nccl(flat, group):
 
 
 def _begin(op, flat, group, unit, phase):
-    check.compare(group, op, unit, phase, flat.numel(), flat.dtype)
+    agreement.compare(group, op, unit, phase, flat.numel(), flat.dtype)
     rank, n = dist.get_rank(group), dist.get_world_size(group)
     slice_bytes = flat.nbytes / n
     wire_bytes = {

@@ -6,7 +6,7 @@ import textwrap
 import torch
 from torch import nn
 
-from . import data
+from .tasks import data
 
 _SCREENFUL = 60  # lines
 

@@ -25,7 +25,7 @@ from itertools import accumulate
 
 import torch
 
-from .units import (
+from .engine.units import (
     check_devices,
     check_max_norm,
     check_storages,

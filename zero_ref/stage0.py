@@ -27,9 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from . import buffers, check, clip, comm, failure, meta, optim
-from .tree import map_tensors, tensors_in
-from .units import refuse_thawed
+from . import comm
+from .engine import agreement, buffers, clip, failure, materialize, optimizers
+from .engine.tree import map_tensors, tensors_in
+from .engine.units import refuse_thawed
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
 _running_backward = defaultdict(list)  # name of a group -> its models in backward, as they began
@@ -46,18 +47,18 @@ class Stage0(nn.Module):
         self.group, self.overlap, self.mixed_precision = group, overlap, mixed_precision
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._in_full_params = self._in_backward = False
-        self._checker = check.checker(group) if checked else None
+        self._checker = agreement.checker(group) if checked else None
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
 
-        meta.give_memory_to_buffers(module, group)
+        materialize.give_memory_to_buffers(module, group)
         for _, units_of_one in groupby(units, key=lambda unit: unit.module):
             units_of_one = list(units_of_one)
-            meta.flatten(units_of_one, module, group)
+            materialize.flatten(units_of_one, module, group)
             for unit in units_of_one:
                 comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
                 full = unit.round_flat()
                 unit.master = self._make_master(unit, unit.flat if unit.frozen else full)
-                unit.owned = [optim.owned_parameter(view, not unit.frozen)
+                unit.owned = [optimizers.owned_parameter(view, not unit.frozen)
                               for view in self._owned_views(unit, unit.master)]
                 unit.version = unit.master._version
                 del full  # nobody else holds it: with mixed precision, or at stage 3
@@ -78,7 +79,7 @@ class Stage0(nn.Module):
         weakref.finalize(self, _unwrap, hooks, members).atexit = False
 
     def _register_hooks(self):
-        hooks = optim.watch(self)
+        hooks = optimizers.watch(self)
         if self.mixed_precision is not None:
             hooks += self.mixed_precision.watch_kept(self.module)
             hooks += self.mixed_precision.guard_state_dict(self)

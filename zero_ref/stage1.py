@@ -16,7 +16,8 @@ Together 2Ψ·(N-1)/N, as at stage 0: the all-gather has moved from gradients to
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1.
 """
 
-from . import clip, comm
+from . import comm
+from .engine import clip
 from .stage0 import Stage0
 
 

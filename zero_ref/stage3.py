@@ -33,9 +33,9 @@ import torch
 from torch.autograd.graph import register_multi_grad_hook
 
 from . import comm
-from .placeholder import make_placeholders, show_in_module
+from .engine.placeholder import make_placeholders, show_in_module
+from .engine.tree import map_tensors, tensors_in
 from .stage2 import Stage2
-from .tree import map_tensors, tensors_in
 
 
 class Stage3(Stage2):

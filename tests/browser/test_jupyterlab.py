@@ -12,7 +12,7 @@ expect = pytest.importorskip("playwright.sync_api", reason="needs playwright").e
 CELLS = ["""
 import sys, torch, torch.nn.functional as F, zero_ref
 from zero_ref import viz
-from zero_ref.record import record
+from zero_ref.observe.recorder import record
 %load_ext zero_ref
 print(sys.executable)
 """, """

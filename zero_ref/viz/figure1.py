@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .. import memory
+from ..observe import memory
 from .palette import INK, KINDS
 from .picture import Picture, live
 

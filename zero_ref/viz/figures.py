@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from .. import course, launch, memory, wrap
-from ..record import record
+from .. import course, launch, wrap
+from ..observe import memory
+from ..observe.recorder import record
 from . import Picture, bench, memory_over_step, timeline
 from .stepper import StepDrawing
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from matplotlib.figure import Figure
 
-from ..record import COMPUTED
+from ..observe.recorder import COMPUTED
 from .palette import COMMUNICATION, INK, KINDS, bytes_text
 from .picture import Picture
 

@@ -7,7 +7,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..record import ABSENT, COMPUTED, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
+from ..observe.recorder import ABSENT, COMPUTED, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
 from .palette import (
     BACKWARD,
     COMMUNICATION,

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from .data import TASKS
-from .launch import RankError, init, launch
+from ..ranks.launch import RankError, init, launch
+from ..tasks.data import TASKS
 from .train import OPTIMIZERS, backend_for
 
 
@@ -93,7 +93,7 @@ def _compare(args):
     print_report(report)
     _write_json(args.json, report)
     if args.figure:
-        from .viz.compare import draw
+        from ..viz.compare import draw
 
         draw(report).savefig(args.figure)
         print(f"Drawn: {args.figure}")
@@ -138,7 +138,7 @@ def _bench(args):
     print_report(report)
     _write_json(args.json, report)
     if args.figure:
-        from .viz.bench import draw
+        from ..viz.bench import draw
 
         draw(report).savefig(args.figure)
         print(f"Drawn: {args.figure}")

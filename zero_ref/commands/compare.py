@@ -13,9 +13,11 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
-from . import data, memory, wrap
-from .launch import launch
-from .trace import loopback_bytes, trace
+from .. import wrap
+from ..observe import memory
+from ..observe.trace import loopback_bytes, trace
+from ..ranks.launch import launch
+from ..tasks import data
 from .train import OPTIMIZERS, STATES, backend_for, describe, prepare_device, progress
 
 SENT_PSI = {"DDP": 2, 0: 2, 1: 2, 2: 2, 3: 3}  # elements sent per step, in Ψ·(N-1)/N

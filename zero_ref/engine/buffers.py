@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import torch
 
-from . import comm
+from .. import comm
 
 
 def broadcast(module, group, phase):

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from . import comm, memory, wrap
-from .launch import _Pool
-from .models import GPT
-from .trace import loopback_bytes
+from .. import comm, wrap
+from ..observe import memory
+from ..observe.trace import loopback_bytes
+from ..ranks.launch import _Pool
+from ..tasks.models import GPT
 from .train import backend_for, describe, prepare_device
 
 # (width, layers, heads, sequences per rank, tokens per sequence). The first has work enough per

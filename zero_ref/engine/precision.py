@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from . import comm
+from .. import comm
 from .tree import map_tensors, tensors_in
 
 

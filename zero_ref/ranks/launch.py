@@ -28,7 +28,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
-from . import failure
+from ..engine import failure
 from .output import name_of_cell, output
 
 _RUNNERS = (__file__, str(Path(__file__).with_name("notebook.py")))  # of what is launched
@@ -144,7 +144,7 @@ class _Pool:
         if os.name == "posix":
             # The first optimizer of a process imports torch._dynamo, in more than a second: once
             # here, instead of in every rank.
-            context.set_forkserver_preload(["zero_ref.launch", "torch._dynamo"])
+            context.set_forkserver_preload(["zero_ref", "torch._dynamo"])
         self.ranks, self.jobs, self.controls = [], [], []
         self.unfinished = set(range(world_size))
         try:
@@ -382,7 +382,7 @@ def _answer_or_end(control):
         stack = traceback.StackSummary.extract(stack, lookup_lines=False)
         stack.reverse()
         own = _own(stack)
-        here = os.path.dirname(__file__)
+        here = str(Path(__file__).parent.parent)
         theirs = [frame for frame in own if not frame.filename.startswith(here)]
         # The caller's lines, and what they have come to.
         inside = [frame for frame in own[-1:] if frame not in theirs]

@@ -86,7 +86,7 @@ def _first(steps, loader, sampler):
 
 
 def _digits(_):
-    with np.load(str(files("zero_ref") / "assets" / "digits.npz")) as arrays:
+    with np.load(str(files(__package__) / "assets" / "digits.npz")) as arrays:
         images, labels = arrays["images"] / np.float32(16), arrays["labels"]
     test = np.arange(len(images)) % 5 == 0  # every fifth image is held out
     return _images(images[~test], labels[~test], images[test], labels[test])

@@ -1,0 +1,1 @@
+"""What measures the stages from outside: the trace, the memory, the recorder."""

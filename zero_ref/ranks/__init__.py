@@ -1,0 +1,1 @@
+"""Processes: how ranks are started, run, watched and ended."""
