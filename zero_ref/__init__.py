@@ -3,32 +3,32 @@
 Read comm, partition, stage0, stage1, stage2, stage3, in this order.
 """
 
-from itertools import zip_longest
-
 import torch.distributed as dist
 
-from . import comm
 from .engine import agreement
+from .engine import check as checking
 from .engine.precision import GradScaler, MixedPrecision, own_precision
+from .engine.shell import wrapped
 from .observe import memory
+from .observe.recorder import record
 from .observe.trace import trace
-from .partition import partition
+from .partition import lay_out
 from .ranks.launch import RankError, init, launch
 from .ranks.notebook import load_ipython_extension
-from .stage0 import Stage0, wrapped
+from .stage0 import Stage0
 from .stage1 import Stage1
 from .stage2 import Stage2
 from .stage3 import Stage3
 
 __all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
-           "init", "launch", "load_ipython_extension", "memory", "trace", "wrap"]
+           "init", "launch", "load_ipython_extension", "memory", "record", "trace", "wrap"]
 __version__ = "0.1.0"
 
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
 
 
 def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
-         reshard_after_forward=True, overlap=True, check=False):
+         reshard_after_forward=True, overlap=True, check=False, bucket_cap_mb=1):
     """Train `module` in data parallel at ZeRO stage 0, 1, 2 or 3. Called on every rank.
 
     units: which submodules are gathered, reduced and freed together: a module class, a tuple of
@@ -40,6 +40,8 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
         forward and backward: 2Ψ instead of 3Ψ elements sent, for the memory of the whole model.
     overlap: whether the module goes on computing while gradients are reduced and, at stage 3, while
         the next unit's parameters are gathered. The result has the same bits.
+    bucket_cap_mb: neighbouring units share messages of at most this size (1 MB is 2**20 bytes);
+        larger units go alone. 0: a message per unit. The result has the same bits.
     check: before every collective, compare what each rank is about to do, and say who is where if
         they differ. ZERO_REF_CHECK=1 in the environment does the same.
 
@@ -59,23 +61,22 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
         raise RuntimeError("no process group: call zero_ref.init() in a script started by "
                            "torchrun, or run this function through zero_ref.launch(fn, world_size)")
     group = process_group or dist.group.WORLD
-    problem = parts = None
+    problem = units_found = None
     try:
-        parts = _plan(module, stage, units, mixed_precision, group)
+        units_found = _plan(module, stage, units, mixed_precision, bucket_cap_mb, group)
     except ValueError as error:
         problem = error
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
-    checked = bool(check) or agreement.wanted()
-    _agree((stage, reshard_after_forward, repr(mixed_precision), checked), module, parts, problem,
-           group)
-    options = {"overlap": overlap, "mixed_precision": mixed_precision, "checked": checked}
+    options = {"overlap": overlap, "mixed_precision": mixed_precision,
+               "checked": bool(check) or checking.wanted(), "bucket_cap_mb": bucket_cap_mb}
     if stage == 3:
         options["reshard_after_forward"] = reshard_after_forward
-    return _STAGES[stage](module, parts, group, **options)
+    agreement.agree({"stage": stage, **options}, module, units_found, problem, group)
+    return _STAGES[stage](module, units_found, group, **options)
 
 
-def _plan(module, stage, units, mixed_precision, group):
+def _plan(module, stage, units, mixed_precision, bucket_cap_mb, group):
     if type(stage) is not int or stage not in _STAGES:
         raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3")
     for name, m in module.named_modules():
@@ -85,28 +86,6 @@ def _plan(module, stage, units, mixed_precision, group):
     if not isinstance(mixed_precision, MixedPrecision | None):
         raise ValueError(f"mixed_precision={mixed_precision!r}: give a zero_ref.MixedPrecision")
     precision_of = mixed_precision.of if mixed_precision is not None else own_precision
-    return partition(module, units, precision_of, dist.get_rank(group), dist.get_world_size(group))
-
-
-def _agree(options, module, parts, problem, group):
-    """Raise the same ValueError on every rank unless all of them plan to do the same."""
-    plan = [("stage, reshard_after_forward, mixed_precision, check =", *options)]
-    for unit in parts or []:
-        plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
-                 for name, p in zip(unit.names, unit.params)]
-    plan += [("buffer", name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]
-    plans = comm.all_gather_object((problem and str(problem), plan), group, phase="init")
-    if problem:
-        raise problem
-    for rank, (other_problem, _) in enumerate(plans):
-        if other_problem:
-            raise ValueError(f"rank {rank} reports: {other_problem}")
-    for rank, (_, other) in enumerate(plans):
-        for mine, theirs in zip_longest(plans[0][1], other):
-            if mine != theirs:
-                raise ValueError("the module differs between the ranks, first here: rank 0 has "
-                                 f"{_say(mine)}, rank {rank} has {_say(theirs)}")
-
-
-def _say(entry):
-    return "nothing more" if entry is None else " ".join(map(str, entry))
+    if not isinstance(bucket_cap_mb, int | float) or not bucket_cap_mb >= 0:
+        raise ValueError(f"bucket_cap_mb={bucket_cap_mb!r}: must be a number of MB, 0 or more")
+    return lay_out(module, units, precision_of, dist.get_rank(group), dist.get_world_size(group))

@@ -1,131 +1,192 @@
 """Units and flat buffers: the one layout that all stages share.
 
 A unit is what is gathered, reduced and freed together: usually one layer. Its parameters lie one
-after another in a flat buffer, which is padded to a multiple of the world size and cut into equal
-slices; rank r owns slice r. A parameter may lie in several slices, and a slice in several
-parameters. Four weights and a bias on three ranks:
+after another in a flat buffer, which is cut into world_size equal slices; slice r is the shard of
+rank r. Parameters and slices begin at multiples of 16 bytes, so there may be padding before each.
+A weight of ten and a bias of three elements in fp32, on two ranks:
 
-    flat buffer   weight   weight   weight   weight   bias   padding
-    slices        [---- rank 0 ---] [---- rank 1 ---] [--- rank 2 --]
+    flat buffer   w w w w w w w w w w · · b b b ·      · is padding
+    slices        [-- rank 0 ---] [-- rank 1 ---]
+
+A parameter may lie in several slices, and a slice in several parameters. The stages differ in what
+a rank keeps (`Keeps`), in full or of its shard alone.
 
 Frozen parameters (requires_grad=False) have no gradient and no optimizer state. They get a flat
-buffer of their own beside the unit's trainable one, which only stage 3 slices. So does each dtype.
+buffer of their own beside the unit's trainable one. So does each dtype.
 
-The optimizer of a rank updates `master`. Which memory that is:
-
-    stage                     0              1 and 2                   3
-    one precision             flat           its own slice of flat     a buffer of its own, shard
-    mixed precision           fp32 copy      fp32 copy of that slice   fp32 copy of shard
-
-`params` are the module's, views of flat; `owned` the optimizer's, views of master.
+`params` are the module's, views of `flat`. The optimizer updates `master`, and sees `owned`, views
+of that. It is the same memory as what this rank keeps in `shard`; with mixed precision, a copy of
+that in fp32.
 """
 
 from collections import defaultdict
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from .engine.units import (
-    check_devices,
-    check_max_norm,
-    check_storages,
-    find_units,
-    modules_on_the_way,
-)
+from .engine import units as rules
+from .engine.backward import nobody_had_it
+from .engine.clip import GradSlice
+from .engine.optimizers import owned_parameter
+
+FULL, SHARD = "full", "shard"
+ALIGNMENT = 16  # bytes: what vectorized kernels want, and more than any dtype's own size
+
+
+class Keeps(NamedTuple):
+    """What a rank keeps of parameters, gradients and optimizer states: FULL or SHARD."""
+
+    params: str
+    grads: str
+    states: str
+
+
+class Layout:
+    """Where parameters of these sizes lie in a flat buffer. Everything is counted in elements.
+
+    itemsize: bytes of an element in the narrowest of the unit's buffers, so that all of them, in
+    whatever dtype, are aligned at the same elements.
+    """
+
+    def __init__(self, sizes: Sequence[int], world_size: int, itemsize: int):
+        step = max(1, ALIGNMENT // itemsize)
+        self.sizes, self.world_size, self.starts, end = list(sizes), world_size, [], 0
+        for size in sizes:
+            self.starts.append(_round_up(end, step))
+            end = self.starts[-1] + size
+        self.numel = sum(sizes)
+        self.shard_numel = _round_up(-(-end // world_size), step)
+        self.padded_numel = self.shard_numel * world_size
+
+    def slice_of(self, rank: int) -> slice:
+        return slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+
+    def span(self, index: int, rank: int) -> tuple[int, int]:
+        """Which part of a parameter lies in the slice of this rank: positions in the parameter."""
+        own, start, size = self.slice_of(rank), self.starts[index], self.sizes[index]
+        return tuple(min(max(border - start, 0), size) for border in (own.start, own.stop))
+
+    def owned_numel(self, rank: int) -> int:
+        """Elements of parameters, and not of padding, in the slice of this rank."""
+        return sum(end - start for start, end in
+                   (self.span(index, rank) for index in range(len(self.sizes))))
 
 
 class Unit:
     """The parameters of one module, trainable or frozen, as one flat buffer."""
 
-    def __init__(self, name, module, params, names, slots, rank, world_size, precision):
+    def __init__(self, name: str, module: nn.Module, params: Sequence[nn.Parameter],
+                 names: Sequence[str], slots: list, rank: int, world_size: int,
+                 precision: tuple[torch.dtype, torch.dtype]):
         self.name, self.module = name, module
         self.params = params  # the module's own nn.Parameters, which autograd works on
         self.names = names  # their names in the wrapped module
         self.slots = slots  # for each, the (module, attribute) pairs where it hangs: tied, several
-        self.frozen = not params[0].requires_grad
         self.shapes = [p.shape for p in params]
-        self.offsets = [0, *accumulate(p.numel() for p in params)]
-
-        self.numel = self.offsets[-1]
-        self.shard_numel = -(-self.numel // world_size)  # rounded up: what padding is for
-        self.padded_numel = self.shard_numel * world_size
-        self.own_slice = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+        self.frozen = not params[0].requires_grad
+        self.dtype, self.grad_dtype = precision  # of `flat`, and of gradients that are reduced
+        itemsize = min(dtype.itemsize for dtype in (params[0].dtype, *precision))
+        self.layout = Layout([p.numel() for p in params], world_size, itemsize)
+        self.numel, self.shard_numel = self.layout.numel, self.layout.shard_numel
+        self.padded_numel = self.layout.padded_numel
         self.rank, self.world_size = rank, world_size
-        self.dtype, self.grad_dtype = precision  # of `flat` and of `grad`
+        self.own_slice = self.layout.slice_of(rank)
 
-        # What lives as long as the model
-        self.flat = None  # all parameters, (padded_numel,)
-        self.shard = None  # this rank's slice of them, (shard_numel,)
-        self.master = None  # what the optimizer updates: `flat` or `shard`, or a copy of it in fp32
-        self.owned = []  # the optimizer's view of each parameter in `master`
+        self.flat: Tensor = None  # the parameters, (padded_numel,)
+        self.shard: Tensor = None  # what this rank keeps up to date of them: its slice, or all
+        self.master: Tensor = None  # what the optimizer updates: `shard`, or a copy of it in fp32
+        self.owned: list[nn.Parameter] = []  # the optimizer's view of each parameter in `master`
         self.version = 0  # of `master`, when the module's parameters last followed it
-
-        # Gradients
-        self.grad = None  # this rank's own, while backward fills them in, (padded_numel,)
-        self.expected = 0  # how many of the parameters are not frozen at the moment
-        self.ready = set()  # indices of the parameters whose gradient this backward has produced
-        self.gaps = set()  # those for which this rank has had nothing to reduce
-        self.kept_grads = {}  # dtype -> the memory in which the reduced ones stay
+        self.kept_grads: dict[torch.dtype, Tensor] = {}  # memory in which reduced gradients stay
 
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
-        self.gathering = None  # the all_gather under way that will fill it
-        self.placeholders = []  # what the module shows while it does not
-        self.in_backward = False  # whether backward is between the unit's outputs and inputs
+        self.gathering = None  # the all_gather in flight that will fill it
+        self.placeholders: list[nn.Parameter] = []  # what the module shows while it does not
 
-    def flatten(self):
+    # ---- parameters ------------------------------------------------------------------------------
+
+    def flatten(self) -> None:
         """Move the parameters into a new flat buffer; the module's tensors become views of it."""
         self.flat = self.params[0].new_zeros(self.padded_numel, requires_grad=False)
         for p, view in zip(self.params, self.full_views(self.flat)):
             view.copy_(p.detach())
             p.grad = None
         self.point_to(self.flat)
-        self.shard = self.flat[self.own_slice]
 
-    def point_to(self, flat):
+    def keep(self, keeps: Keeps) -> None:
+        """Set up what this rank keeps, from parameters that are in `flat` in full precision."""
+        self.keeps, full = keeps, self.flat
+        self.mine = slice(None) if keeps.states == FULL else self.own_slice
+        self.flat = full.to(self.dtype)  # without mixed precision, they are one
+        self.point_to(self.flat)
+        self.shard = self.flat[self.mine]
+        if keeps.params == SHARD:
+            self.shard = self.shard.clone()  # memory of its own
+        mixed = self.dtype != full.dtype and not self.frozen
+        self.master = full[self.mine].clone() if mixed else self.shard
+        self.owned = [owned_parameter(view, not self.frozen)
+                      for view in self.owned_views(self.master)]
+        self.version = self.master._version
+
+    def point_to(self, flat: Tensor) -> None:
         """The module's parameters become views of `flat`."""
         for p, view in zip(self.params, self.full_views(flat)):
             p.data = view
 
-    def round_flat(self):
-        """Mixed precision: from now on `flat` has the dtype of the computation. Returns the buffer
-        of before, which without mixed precision is the same."""
-        full = self.flat
-        self.flat = full.to(self.dtype)
-        self.shard = self.flat[self.own_slice]
-        self.point_to(self.flat)
-        return full
+    def publish(self) -> None:
+        """The master copy has new values: so gets the shard."""
+        if self.mixed:
+            self.shard.copy_(self.master)
+
+    def adopt(self, full: Tensor) -> None:
+        """The parameters now have the values in `full`, and the module shows its own again."""
+        self.master.copy_(full[self.mine])
+        self.publish()
+        if self.gathered:
+            self.flat.copy_(full)
+            self.point_to(self.flat)
 
     @property
-    def mixed(self):
+    def mixed(self) -> bool:
         """Whether the master copy is one: of another dtype than what the model computes with."""
         return self.master.dtype != self.flat.dtype
 
-    def full_views(self, flat):
+    def full_views(self, flat: Tensor) -> list[Tensor]:
         """flat: (padded_numel,) → one view per parameter, in the parameter's shape."""
-        spans = zip(self.offsets, self.offsets[1:], self.shapes)
-        return [flat[start:end].view(shape) for start, end, shape in spans]
+        return [flat[start : start + shape.numel()].view(shape)
+                for start, shape in zip(self.layout.starts, self.shapes)]
 
-    def shard_views(self, shard):
+    def shard_views(self, shard: Tensor) -> list[Tensor]:
         """shard: (shard_numel,) → one 1-D view per parameter: what lies in this slice of it."""
-        base = self.own_slice.start
-        return [shard[self._clip(start, self.rank) - base : self._clip(end, self.rank) - base]
-                for start, end in zip(self.offsets, self.offsets[1:])]
+        base, views = self.own_slice.start, []
+        for index, start in enumerate(self.layout.starts):
+            begin, end = self.layout.span(index, self.rank)
+            views.append(shard[start + begin - base :][: end - begin])
+        return views
 
-    def slices_of(self, index, tensor):
-        """A parameter's tensor, cut at the slices' borders: {rank: the 1-D part that rank owns}."""
-        start, end = self.offsets[index], self.offsets[index + 1]
-        flat = tensor.reshape(-1)
-        return {r: flat[self._clip(start, r) - start : self._clip(end, r) - start]
-                for r in range(self.world_size)}
+    def owned_views(self, buffer: Tensor) -> list[Tensor]:
+        """buffer: master, or gradients for it → what the optimizer sees of each parameter."""
+        return self.full_views(buffer) if self.keeps.states == FULL else self.shard_views(buffer)
 
-    def _clip(self, position, rank):
-        """Move a position in the flat buffer to the nearest one inside `rank`'s slice."""
-        return min(max(position, rank * self.shard_numel), (rank + 1) * self.shard_numel)
+    def owned_slices(self, index: int, tensor: Tensor) -> dict[int, Tensor]:
+        """What the optimizer sees of a parameter, cut at the borders of the slices: by rank."""
+        if self.keeps.states == SHARD:
+            return {self.rank: tensor}
+        spans = [self.layout.span(index, rank) for rank in range(self.world_size)]
+        return {rank: tensor.reshape(-1)[begin:end] for rank, (begin, end) in enumerate(spans)}
 
     # ---- gradients -------------------------------------------------------------------------------
 
-    def grad_memory(self, numel, dtype):
+    def grad_buffer(self) -> Tensor:
+        """(padded_numel,) in which a backward collects the gradients of the whole unit."""
+        if self.keeps.grads == FULL:
+            return self.grad_memory(self.padded_numel, self.grad_dtype)
+        return self.flat.new_empty(self.padded_numel, dtype=self.grad_dtype)
+
+    def grad_memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) for gradients that the optimizer is to see: the same memory in every step. New
         memory comes from the kernel page by page, which costs more time than to fill it."""
         if any(p.grad is not None for p in self.owned):
@@ -134,48 +195,25 @@ class Unit:
             self.kept_grads[dtype] = self.flat.new_empty(numel, dtype=dtype)
         return self.kept_grads[dtype]
 
-    def store_grad(self, index):
-        """Move one parameter's gradient into the flat gradient buffer, and free the original."""
-        p = self.params[index]
-        if p.grad.layout != torch.strided or p.grad.requires_grad:
-            what = "is sparse" if p.grad.is_sparse else "has a graph of its own (create_graph=True)"
-            raise RuntimeError(f"the gradient of {self.names[index]!r} {what}: only plain "
-                               "gradients can lie in a flat buffer")
-        place = self.grad[self.offsets[index] : self.offsets[index + 1]].view(p.grad.shape)
-        if index in self.ready:  # re-entrant checkpointing delivers a gradient in several pieces
-            place += p.grad
-        else:
-            torch.add(p.grad, 0, out=place)  # a copy in which no zero is negative, see fill_gaps
-        p.grad = None
+    def deliver(self, reduced: Tensor, missing: set[int]) -> None:
+        """Give the optimizer its mean gradient, in the master's dtype. reduced: like `shard`.
 
-    def complete(self):
-        """Whether this backward has produced the gradients of all parameters that have one."""
-        return len(self.ready) >= self.expected
-
-    def fill_gaps(self):
-        """What this backward has not reached: gradients from inside no_sync(), else zeros.
-
-        Negative zeros, because no gradient has any: where the sum over the ranks is a negative
-        zero, no rank had a gradient, and the parameter is to be left alone.
+        missing: parameters that this rank had no gradient for, see engine/backward.py.
         """
-        for index in set(range(len(self.params))) - self.ready:
-            if self.params[index].grad is not None:
-                self.store_grad(index)
+        if reduced.dtype != self.master.dtype:
+            reduced = self.grad_memory(reduced.numel(), self.master.dtype).copy_(reduced)
+        for index, (p, grad) in enumerate(zip(self.owned, self.owned_views(reduced))):
+            if not p.requires_grad or (index in missing and nobody_had_it(grad)):
+                continue
+            if p.grad is not None:
+                p.grad.add_(grad)
             else:
-                self.grad[self.offsets[index] : self.offsets[index + 1]] = -0.0
-                self.gaps.add(index)
-        self.grad[self.numel :] = 0
-
-    def left_alone(self, index, reduced):
-        """Whether no rank had a gradient for this parameter. reduced: this rank's part of it."""
-        if index not in self.gaps:
-            return False
-        first = reduced.reshape(-1)[:1]
-        return bool(((first == 0) & first.signbit()).all())  # or there is none in this slice
+                p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
 
 
-def partition(module, units, precision_of, rank, world_size):
-    """Lay out `module` without touching it yet. Returns its Units, the root's first.
+def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_size: int,
+            ) -> list[Unit]:
+    """The Units of `module`, the root's first. Nothing of the module is touched yet.
 
     units: which submodules are units, see `zero_ref.wrap`. A parameter belongs to the innermost
     unit that contains all the places where it hangs, or else to the root. precision_of: tells the
@@ -183,21 +221,19 @@ def partition(module, units, precision_of, rank, world_size):
     modules that contain it. Raises ValueError if the units match nothing, or if one would mix
     devices.
     """
-    check_storages(module)
-    check_max_norm(module)
-    found = find_units(module, units)
-    slots = defaultdict(list)  # parameter -> where it hangs
+    rules.check_module(module)
+    found = rules.find_units(module, units)
+    slots, paths = defaultdict(list), defaultdict(list)  # where a parameter hangs, by what names
     for submodule in module.modules():
         for attribute, p in submodule._parameters.items():
             if p is not None:
                 slots[p].append((submodule, attribute))
-    paths = defaultdict(list)  # parameter -> all its names
     for name, p in module.named_parameters(remove_duplicate=False):
         paths[p].append(name)
 
-    members = {unit_module: defaultdict(list) for unit_module in (module, *found.values())}
+    members: dict = {unit_module: defaultdict(list) for unit_module in (module, *found.values())}
     for name, p in module.named_parameters():
-        ways = [modules_on_the_way(module, path) for path in paths[p]]
+        ways = [rules.modules_around(module, path) for path in paths[p]]
         home = [m for m in ways[0] if m in members and all(m in way for way in ways)][-1]
         precision = precision_of(p, ways[0])
         members[home][not p.requires_grad, p.dtype, precision].append((name, p))
@@ -207,10 +243,8 @@ def partition(module, units, precision_of, rank, world_size):
         kinds = sorted(members[unit_module], key=lambda kind: kind[0])  # the trainable ones first
         for kind in kinds:
             names, params = zip(*members[unit_module][kind])
-            label = unit_name or "root"
-            notes = ["frozen"] * kind[0] + [_short(kind[2][0])] * (kind[1:] != kinds[0][1:])
-            label += f" ({', '.join(notes)})" if notes else ""
-            check_devices(label, names, params)
+            label = rules.label(unit_name, kind, kinds)
+            rules.check_devices(label, names, params)
             result.append(Unit(label, unit_module, params, names, [slots[p] for p in params],
                                rank, world_size, kind[-1]))
     if all(unit.frozen or unit.numel == 0 for unit in result):
@@ -219,5 +253,5 @@ def partition(module, units, precision_of, rank, world_size):
     return result
 
 
-def _short(dtype):
-    return str(dtype).removeprefix("torch.")
+def _round_up(number, step):
+    return -(-number // step) * step

@@ -1,80 +1,29 @@
-"""Before every collective, compare what each rank is about to do: `zero_ref.wrap(…, check=True)`.
+"""Before a model is wrapped, all ranks hear of everyone's plan."""
 
-Ranks that take different branches wait for each other until the group's timeout, half an hour by
-default, and then only one of them may say why. With checking on, every rank first tells the others
-its next collective, and all of them learn at once who is where. It costs one small message to each
-other rank before each collective.
-"""
+from itertools import zip_longest
 
-import os
-from datetime import timedelta
-from weakref import WeakValueDictionary
-
-import torch
-import torch.distributed as dist
-
-_checkers = WeakValueDictionary()  # name of a group -> the Checker of the models that live there
-_NUMEL = 512  # bytes of a message
+from .. import comm
 
 
-def wanted() -> bool:
-    """Whether the environment asks for it: ZERO_REF_CHECK=1."""
-    return os.environ.get("ZERO_REF_CHECK", "0") not in ("", "0")
+def agree(options, module, units, problem, group):
+    """Raise the same ValueError on every rank unless all of them plan to do the same."""
+    plan = [(f"{name} =", repr(value)) for name, value in options.items()]
+    for unit in units or []:
+        plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
+                 for name, p in zip(unit.names, unit.params)]
+    plan += [("buffer", name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]
+    plans = comm.all_gather_object((problem and str(problem), plan), group, phase="init")
+    if problem:
+        raise problem
+    for rank, (other_problem, _) in enumerate(plans):
+        if other_problem:
+            raise ValueError(f"rank {rank} reports: {other_problem}")
+    for rank, (_, other) in enumerate(plans):
+        for mine, theirs in zip_longest(plans[0][1], other):
+            if mine != theirs:
+                raise ValueError("the module differs between the ranks, first here: rank 0 has "
+                                 f"{_say(mine)}, rank {rank} has {_say(theirs)}")
 
 
-def patience() -> float:
-    """Seconds that a rank waits for the others: a minute, or less if collectives get less."""
-    return min(60.0, float(os.environ.get("ZERO_REF_TIMEOUT", 600)))
-
-
-class Checker:
-    """Checks the collectives of a group for as long as a model holds it."""
-
-    def __init__(self, group):
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        # A group of its own, because NCCL carries no host memory.
-        self.group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo",
-                                    use_local_synchronization=True)
-        self.last = "nothing yet"
-
-    def compare(self, mine):
-        """Raises RuntimeError on every rank unless all of them are about to do the same."""
-        message = torch.zeros(_NUMEL, dtype=torch.uint8)
-        encoded = mine.encode()[:_NUMEL]
-        message[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        answers = {r: torch.empty_like(message) for r in range(self.world_size) if r != self.rank}
-        works = {r: dist.irecv(answer, group=self.group, group_src=r)
-                 for r, answer in answers.items()}
-        sent = [dist.isend(message, group=self.group, group_dst=r) for r in answers]
-        plans = {self.rank: mine}
-        for rank, work in works.items():
-            try:
-                work.wait(timedelta(seconds=patience()))
-            except RuntimeError:
-                raise RuntimeError(
-                    f"rank {rank} is missing: rank {self.rank} is about to {mine}, and for "
-                    f"{patience():g} s or because its process is gone nothing came from rank "
-                    f"{rank}, which before that went to {self.last}") from None
-            plans[rank] = bytes(answers[rank].tolist()).rstrip(b"\0").decode(errors="replace")
-        for work in sent:
-            work.wait()
-        if len(set(plans.values())) > 1:
-            everyone = "; ".join(f"rank {rank} to {plans[rank]}" for rank in sorted(plans))
-            raise RuntimeError(f"the ranks diverge, they are about to do different things: "
-                               f"{everyone}; before that all went to {self.last}")
-        self.last = mine
-
-
-def checker(group) -> Checker:
-    """The group's checker, a new one if it has none. Called by all its ranks."""
-    found = _checkers.get(group.group_name)
-    if found is None:
-        found = _checkers[group.group_name] = Checker(group)
-    return found
-
-
-def compare(group, op, unit, phase, numel, dtype) -> None:
-    """Called by comm.py before each collective."""
-    if _checkers and group.group_name in _checkers:
-        _checkers[group.group_name].compare(
-            f"{op} {unit!r} in phase {phase!r}, {numel:,} elements of {dtype}")
+def _say(entry):
+    return "nothing more" if entry is None else " ".join(map(str, entry))

@@ -2,6 +2,8 @@
 
 import torch
 
+from .. import comm
+
 _NORMS = (torch._foreach_norm, torch.linalg.vector_norm, torch.linalg.norm, torch.norm,
           torch.Tensor.norm)
 _SAME_VALUES = (torch.Tensor.detach, torch.Tensor.data.__get__)
@@ -23,7 +25,7 @@ class GradSlice(torch.Tensor):
 
 
 def clip_grad_norm_(model, max_norm, norm_type):
-    """See Stage0.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
+    """See Shell.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
     numbers in the same order, whoever holds them. Padding belongs to no parameter."""
     masters = [unit.master for unit in model.trainable]
     dtype = max((m.dtype for m in masters), key=lambda dtype: dtype.itemsize)
@@ -33,10 +35,11 @@ def clip_grad_norm_(model, max_norm, norm_type):
     for row, (unit, index, p) in zip(norms, owned):
         if p.grad is not None:
             whole = p.grad.as_subclass(torch.Tensor)
-            for rank, part in model._owned_slices(unit, index, whole).items():
+            for rank, part in unit.owned_slices(index, whole).items():
                 if part.numel():
                     row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=dtype)
-    model._share_norms(norms)
+    if model.keeps.states == "shard":  # every entry is zero on all ranks but one: an exact sum
+        comm.all_reduce(norms, model.group, unit="norms", phase="clip").wait()
     total = torch.linalg.vector_norm(norms, norm_type)
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for _, _, p in owned:

@@ -36,8 +36,8 @@ def _in_forward(model, traceback):
 
 def _in_backward(model):
     """The unit that backward had come to: gradients of those after it are there already."""
-    if model._in_backward:
-        entered = [unit for unit in model.units if unit.in_backward]
-        waiting = entered or model._queue[-1:]
+    if (backward := model._backward) is not None:
+        entered = [unit for unit in model.units if unit.module in backward.entered]
+        waiting = entered or [unit for bucket in backward.queue[-1:] for unit in bucket]
         return "backward", (waiting or model.units[:1])[-1].name
     return None

@@ -48,11 +48,11 @@ def flatten(units, module, group):
 
 def _give_memory(unit, device):
     unit.flat = torch.zeros(unit.padded_numel, dtype=unit.params[0].dtype, device=device)
-    unit.shard = unit.flat[unit.own_slice]
     # Empty at first: made from a view, a parameter would share the version counter with the flat
     # buffer, and autograd would take a gather for a change of the parameter.
     unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad) for p in unit.params]
-    _without_values(unit.flat[: unit.numel])
+    for view in unit.full_views(unit.flat):
+        _without_values(view)
     unit.point_to(unit.flat)
     show_in_module(unit, unit.params)
 

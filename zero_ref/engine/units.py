@@ -23,12 +23,20 @@ def find_units(module, units):
     return found
 
 
-def modules_on_the_way(module, name):
+def modules_around(module, name):
     """The modules that contain the parameter of this name, the outermost first."""
-    way = [module]
+    around = [module]
     for part in name.split(".")[:-1]:
-        way.append(way[-1]._modules[part])
-    return way
+        around.append(around[-1]._modules[part])
+    return around
+
+
+def label(name, kind, kinds):
+    """What a unit is called: kind, (frozen, dtype, (dtype, grad_dtype)), if the module has more."""
+    notes = ["frozen"] * kind[0]
+    if kind[1:] != kinds[0][1:]:
+        notes.append(str(kind[2][0]).removeprefix("torch."))
+    return (name or "root") + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _default_units(module):
@@ -68,23 +76,20 @@ def check_devices(label, names, params):
                              "units of their own")
 
 
-def check_max_norm(module):
+def check_module(module):
     for name, m in module.named_modules():
         if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None:
             raise ValueError(f"{name!r} has max_norm={m.max_norm}: its forward overwrites the rows "
                              "that it looks up, other ones on every rank; build it without")
-
-
-def check_storages(module):
-    """Two parameters on one memory would come apart in the flat buffers."""
     seen = {}
     for name, p in module.named_parameters():
         if p.data_ptr() and seen.setdefault(p.data_ptr(), name) != name:
             raise ValueError(f"{name!r} and {seen[p.data_ptr()]!r} are two parameters that share "
-                             "their memory; tie them by using one nn.Parameter in both places")
+                             "their memory and would come apart in the flat buffers; tie them by "
+                             "using one nn.Parameter in both places")
 
 
-def refuse_thawed(units):
+def refuse_unfrozen(units):
     """What is frozen when it is wrapped has no gradient buffer and no part in an optimizer."""
     for unit in units:
         if unit.frozen:

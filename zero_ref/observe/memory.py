@@ -2,17 +2,21 @@
 
 import torch
 
+from ..partition import Layout
+
 
 def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
                  grad_dtype=torch.float32, optimizer_dtypes=(torch.float32, torch.float32),
                  mixed_precision=None):
     """What one rank keeps between steps, in bytes, as the paper computes it.
 
-    numel: the number of parameters Ψ, or a list with that of each unit: every unit is padded to a
-        multiple of world_size. optimizer_dtypes: one per state that the optimizer keeps for each
-        element; the default is fp32 Adam (exp_avg, exp_avg_sq). The paper's mixed-precision Adam is
-        param_dtype=grad_dtype=torch.float16 and three fp32 states (master copy, exp_avg,
-        exp_avg_sq): K = 12. Optimizer states have no padding, so they may depend on `rank`.
+    numel: the number of parameters Ψ, as in the paper, or for a live model a list of units, each a
+        list of its parameters' sizes in elements, for instance `unit.layout.sizes`: the padding of
+        its flat buffer is counted then. optimizer_dtypes: one per state that the optimizer keeps
+        for each element; the default is fp32 Adam (exp_avg, exp_avg_sq). The paper's
+        mixed-precision Adam is param_dtype=grad_dtype=torch.float16 and three fp32 states (master
+        copy, exp_avg, exp_avg_sq): K = 12. Optimizer states have no padding, so they may depend on
+        `rank`.
     mixed_precision: a zero_ref.MixedPrecision, in place of these two dtypes: what this package
         keeps for a module in fp32 that is wrapped with it. The master copy counts as an optimizer
         state, with padding. The optimizer wants gradients in fp32 too, so there are those of what
@@ -25,22 +29,23 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
         raise ValueError(f"stage={stage!r}: must be 0, 1, 2 or 3")
     if world_size < 1 or not 0 <= rank < world_size:
         raise ValueError(f"rank={rank}, world_size={world_size}: must be 0 <= rank < world_size")
-    sizes = [int(n) for n in (numel if isinstance(numel, list | tuple) else [numel])]
-    slices = [-(-n // world_size) for n in sizes]
-    padded = sum(slices) * world_size
-    owned = sum(min(max(n - rank * s, 0), s) for n, s in zip(sizes, slices))
     if mixed_precision is not None:
         param_dtype, grad_dtype = mixed_precision.param_dtype, mixed_precision.reduce_dtype
-    kept = {
-        "parameters": (sum(slices) if stage >= 3 else padded) * param_dtype.itemsize,
-        "gradients": (sum(slices) if stage >= 2 else padded) * grad_dtype.itemsize,
-        "optimizer": (owned if stage >= 1 else sum(sizes))
-        * sum(dtype.itemsize for dtype in optimizer_dtypes),
-    }
-    of_owner = (sum(slices) if stage >= 1 else padded) * torch.float32.itemsize
+    if isinstance(numel, list | tuple):
+        narrowest = min(dtype.itemsize for dtype in (torch.float32, param_dtype, grad_dtype))
+        units = [Layout(sizes, world_size, narrowest) for sizes in numel]
+        full, own = sum(u.padded_numel for u in units), sum(u.shard_numel for u in units)
+        updated = sum(u.numel if stage == 0 else u.owned_numel(rank) for u in units)
+    else:
+        full, own = int(numel), -(-int(numel) // world_size)
+        updated = full if stage == 0 else min(max(full - rank * own, 0), own)
+    master = full if stage == 0 else own
+    kept = {"parameters": (own if stage >= 3 else full) * param_dtype.itemsize,
+            "gradients": (own if stage >= 2 else full) * grad_dtype.itemsize,
+            "optimizer": updated * sum(dtype.itemsize for dtype in optimizer_dtypes)}
     if param_dtype != torch.float32 and mixed_precision is not None:
-        kept["optimizer"] += of_owner  # the master copy
-        kept["gradients"] += of_owner if grad_dtype != torch.float32 else 0
+        kept["optimizer"] += master * torch.float32.itemsize
+        kept["gradients"] += master * torch.float32.itemsize if grad_dtype != torch.float32 else 0
     return kept
 
 
@@ -58,10 +63,11 @@ def resident(model, optimizer=None):
     grads = [p.grad for p in model.parameters()]
     for unit in units:
         params += [unit.flat, unit.shard, *unit.params]
-        grads += [unit.grad, *unit.kept_grads.values()]
-    in_flight = getattr(model, "_in_flight", None)
-    if in_flight:
-        grads.append(in_flight[1])
+        grads += unit.kept_grads.values()
+    if (backward := getattr(model, "_backward", None)) is not None:
+        grads += backward.grads.values()
+        for _, reduced, _ in backward.in_flight:
+            grads += reduced
     grads += [p.grad for p in params if p is not None]
     states = [value for p, state in (optimizer.state.items() if optimizer else ())
               for key, value in state.items()

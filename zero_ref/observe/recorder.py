@@ -31,13 +31,12 @@ _GATHERS, _REDUCES = {"all_gather"}, {"reduce_scatter", "all_reduce"}
 
 @dataclass
 class Layout:
-    """A unit's flat buffer, sizes in elements. offsets: where each parameter begins, then where the
-    last one ends."""
+    """A unit's flat buffer, sizes in elements. starts: where each parameter begins."""
 
     name: str
     names: list[str]
     shapes: list[tuple[int, ...]]
-    offsets: list[int]
+    starts: list[int]
     numel: int
     padded_numel: int
     world_size: int
@@ -91,7 +90,7 @@ class Recording:
 
 def layout(model):
     """The flat buffers of a wrapped model, as a list of Layouts, which any process may draw."""
-    return [Layout(u.name, list(u.names), [tuple(shape) for shape in u.shapes], list(u.offsets),
+    return [Layout(u.name, list(u.names), [tuple(shape) for shape in u.shapes], u.layout.starts,
                    u.numel, u.padded_numel, u.world_size, u.frozen)
             for u in model.units if u.numel]
 
@@ -147,7 +146,8 @@ class _Recorder(Trace):
     # ---- what is held ----------------------------------------------------------------------------
 
     def held(self):
-        in_flight = {(event.unit, event.op) for event in self.events if event.awaited is None}
+        in_flight = {(unit, event.op) for event in self.events if event.awaited is None
+                     for unit in event.unit.split("+")}
         return {unit.name: {
             "parameters": self.parameters(unit, any((unit.name, op) in in_flight
                                                     for op in _GATHERS)),
@@ -170,7 +170,9 @@ class _Recorder(Trace):
     def gradient(self, unit, in_flight):
         if in_flight:
             return IN_FLIGHT * unit.world_size
-        if _alive(unit.grad) or any(p.grad is not None for p in unit.params):
+        backward = self.model._backward
+        fills_up = backward is not None and unit in backward.grads
+        if fills_up or any(p.grad is not None for p in unit.params):
             return TEMPORARY * unit.world_size
         kept = [b for b in unit.kept_grads.values() if _alive(b)]
         reduced = [p.grad for p in unit.owned if p.grad is not None]
@@ -218,7 +220,7 @@ class _Recorder(Trace):
         def hook(grad):  # before it is accumulated, so before the stage's own hook
             came = self.gradients.setdefault(unit, set())
             came.add(index)
-            if len(came) == unit.expected:
+            if len(came) == sum(p.requires_grad for p in unit.params):
                 del self.gradients[unit]
                 self.frame("backward", unit.name, "backward")
                 self.span("backward", unit.name, self.mark)

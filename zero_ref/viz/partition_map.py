@@ -1,5 +1,7 @@
 """Who owns what: flat buffers, their parameters and their slices."""
 
+import math
+
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -24,13 +26,13 @@ def partition_map(layouts):
 
 def _draw(ax, unit, widest):
     size = unit.padded_numel // unit.world_size
-    for i, (name, start, end) in enumerate(zip(unit.names, unit.offsets, unit.offsets[1:])):
+    _box(ax, 0, unit.padded_numel, 1, "white", [], widest, hatch="////")  # seen where padding is
+    for i, (name, start, shape) in enumerate(zip(unit.names, unit.starts, unit.shapes)):
+        end = start + math.prod(shape)
         colour = PARAMETERS if i % 2 == 0 else tint(PARAMETERS, 0.25)
         size_of = f"{end - start:,}"
         names = [name.removeprefix(f"{unit.name}."), name.rsplit(".", 1)[-1]]
         _box(ax, start, end, 1, colour, [*(f"{n}  {size_of}" for n in names), size_of], widest)
-    if unit.padded_numel > unit.numel:
-        _box(ax, unit.numel, unit.padded_numel, 1, "white", [], widest, hatch="////")
     for rank in range(unit.world_size):
         colour = OPTIMIZER if rank % 2 == 0 else tint(OPTIMIZER, 0.25)
         if unit.frozen:
@@ -63,7 +65,6 @@ def _box(ax, start, end, y, colour, labels, widest, hatch=None):
 
 def _describe(unit):
     size = unit.padded_numel // unit.world_size
-    parts = [f"{name} {end - start}" for name, start, end
-             in zip(unit.names, unit.offsets, unit.offsets[1:])]
+    parts = [f"{name} {math.prod(shape)}" for name, shape in zip(unit.names, unit.shapes)]
     return (f"unit {unit.name}: {' | '.join(parts)} | padding {unit.padded_numel - unit.numel}; "
             f"{unit.world_size} slices of {size}" + (", frozen" if unit.frozen else ""))

@@ -1,0 +1,119 @@
+"""One backward that is running: what it has produced so far, and what is still to be reduced.
+
+It is one object, and dropped as a whole when backward ends or has failed.
+
+[Note: gradients that are missing] A rank may have no gradient for a parameter that others use; what
+it then contributes to the sum are zeros. If no rank has one, the parameter's gradient has to stay
+None, as with torch DDP: weight decay and momentum would change it otherwise. The sum itself says
+so, without a message more. A rank that has no gradient puts in *negative* zeros, and gradients are
+copied with `+ 0`, which turns any negative zero of theirs into a positive one. A sum of floating
+point numbers is -0.0 only if all of them are. So where the sum is -0.0, nobody had a gradient.
+"""
+
+import weakref
+from collections import defaultdict, deque
+
+import torch
+
+_running = defaultdict(list)  # name of a group -> its models in backward, as they began
+
+
+class Backward:
+    """`model` is in backward from now on, until `end()`; `finish` is called when autograd is done.
+
+    queue: buckets that are yet to be reduced, the next one last: always the same order on every
+    rank, whatever order the gradients arrive in.
+    """
+
+    def __init__(self, model, buckets, finish):
+        self.queue, self.model = list(buckets), weakref.ref(model)
+        self.in_flight = deque()  # (bucket, its reduced gradients, handle)
+        self.grads = {}  # unit -> (padded_numel,), this rank's gradients, while they fill up
+        self.ready = defaultdict(set)  # unit -> indices of the parameters whose gradient is there
+        self.missing = defaultdict(set)  # unit -> those that this rank has none for
+        self.expected = {unit: sum(p.requires_grad for p in unit.params)
+                         for bucket in buckets for unit in bucket}
+        # Stage 3 only
+        self.entered = set()  # modules between their outputs and their inputs
+        self.left = set()  # units that backward has been through
+        self.begun = _running[model.group.group_name]
+        self.begun.append(self)
+        torch.autograd.Variable._execution_engine.queue_callback(finish)
+
+    def end(self):
+        self.begun.remove(self)
+
+    def others_come_first(self):
+        """Whether another model that this backward came to earlier still has units to reduce: on
+        every rank one comes after the other, also where a gradient is missing."""
+        earlier = self.begun[: self.begun.index(self)]
+        return any(b.queue for b in earlier if b.model() is not None)
+
+    def complete(self, bucket):
+        """Whether all gradients of these units are there."""
+        return all(len(self.ready[unit]) >= self.expected[unit] for unit in bucket)
+
+    def waits_for(self, unit):
+        return any(unit in bucket for bucket in self.queue)
+
+    def collect(self, unit, index):
+        """Move one parameter's gradient into the unit's flat buffer, and free the original."""
+        p, begin = unit.params[index], unit.layout.starts[index]
+        if p.grad.layout != torch.strided or p.grad.requires_grad:
+            what = "is sparse" if p.grad.is_sparse else "has a graph of its own (create_graph=True)"
+            raise RuntimeError(f"the gradient of {unit.names[index]!r} {what}: only plain "
+                               "gradients can lie in a flat buffer")
+        place = self._buffer(unit)[begin:][: p.grad.numel()].view(p.grad.shape)
+        if index in self.ready[unit]:  # re-entrant checkpointing delivers it in several pieces
+            place += p.grad
+        else:
+            torch.add(p.grad, 0, out=place)  # see [Note: gradients that are missing]
+        p.grad = None
+
+    def fill_missing(self, unit):
+        """What this backward has not reached: gradients from inside no_sync(), else zeros."""
+        grads, layout = self._buffer(unit), unit.layout
+        for index, begin in enumerate(layout.starts):
+            if index in self.ready[unit]:
+                continue
+            if unit.params[index].grad is not None:
+                self.collect(unit, index)
+            else:
+                grads[begin : begin + layout.sizes[index]] = -0.0
+                self.missing[unit].add(index)
+
+    def _buffer(self, unit):
+        if unit not in self.grads:
+            self.grads[unit] = unit.grad_buffer()
+        return self.grads[unit]
+
+
+def nobody_had_it(reduced):
+    """Whether this part of a reduced gradient says that no rank had one (or is empty)."""
+    first = reduced.reshape(-1)[:1]
+    return bool(((first == 0) & first.signbit()).all())
+
+
+class Bucket(tuple):
+    """Units that share messages."""
+
+    @property
+    def name(self):
+        return "+".join(unit.name for unit in self)
+
+
+def buckets(units, cap, dtype_of):
+    """Neighbours of one dtype share messages of at most `cap` bytes; larger units go alone.
+
+    The same on every rank and in every step, unlike what happens to be complete at one time.
+    """
+    found, room = [], 0
+    for unit in units:
+        nbytes = unit.padded_numel * dtype_of(unit).itemsize
+        if found and nbytes <= room and dtype_of(unit) == dtype_of(found[-1][-1]):
+            found[-1].append(unit)
+            room -= nbytes
+        else:
+            found.append([unit])
+            room = cap - nbytes
+    return [Bucket(bucket) for bucket in found]

@@ -1,0 +1,101 @@
+"""Stage 3: where a unit's forward and backward begin and end, and which unit comes next."""
+
+from collections import defaultdict
+from weakref import WeakSet
+
+import torch
+
+from .tree import map_tensors, tensors_in
+
+
+class Call:
+    """One forward of a unit, for as long as its graph is alive."""
+
+    def __init__(self, module):
+        self.module = module
+        self.left = False  # whether backward has been through
+
+
+class Calls:
+    """The forwards of all units that backward may still come to."""
+
+    def __init__(self):
+        self.of = defaultdict(WeakSet)  # module -> its Calls
+        self.open = []  # those whose forward is running, the innermost last
+        self.left_now = set()  # those that this backward has been through
+
+    def begin(self, module, recomputing):
+        call = Call(module)
+        if not recomputing:
+            self.of[module].add(call)
+        self.open.append(call)
+        return call
+
+    def enter(self, call):
+        if call.left and call not in self.left_now:  # a graph once more, with retain_graph=True
+            for again in self.of[call.module]:
+                again.left = False
+
+    def leave(self, call):
+        """Backward has been through `call`. Returns whether it was the module's last."""
+        call.left = True
+        self.left_now.add(call)
+        return all(c.left for c in self.of[call.module])
+
+
+class Pass:
+    """In which order modules come, forward or backward. What came last time will again."""
+
+    def __init__(self):
+        self.last, self.now = [], []
+        self.gathered = set()  # units that this pass has gathered
+
+    def begin(self):
+        self.last, self.now = self.now, []
+        self.gathered = set()
+
+    def arrived(self, module):
+        self.now.append(module)
+
+    def first_time(self, unit, bucket):
+        """Which units of its bucket are to be gathered together with `unit`: those that this pass
+        needs and has not gathered yet, or `unit` alone if it is needed once more."""
+        bucket = type(bucket)([unit]) if unit in self.gathered else type(bucket)(
+            u for u in bucket if u not in self.gathered
+            and (u is unit or not self.last or u.module in self.last))
+        self.gathered.update(bucket)
+        return bucket
+
+    def next_missing(self, units_of):
+        """The units of the module that comes next and is not there, if the order is known."""
+        count = len(self.now)
+        if self.last[count - 1 : count] == self.now[-1:]:
+            for module in self.last[count:]:
+                if any(not unit.gathered and unit.gathering is None for unit in units_of[module]):
+                    return units_of[module]
+        return []
+
+
+def without_fragile(output, units):
+    """A unit's output, with clones of what may not leave it as it is, see below."""
+    clones = {}  # one of each
+    storages = {unit.flat.untyped_storage().data_ptr() for unit in units}
+    return map_tensors(lambda x: clones.setdefault(x, x.clone()) if _is_fragile(x, storages)
+                       else x, output)
+
+
+def _is_fragile(x, storages):
+    """A view, whose hooks a later in-place operation would do away with; a tensor of a unit inside
+    this one, so that both would hook one tensor, on the ranks that take this branch; or a parameter
+    of the unit, which is about to be resharded."""
+    return x.layout == torch.strided and (
+        (x.requires_grad and (x._is_view() or bool(x._backward_hooks)))
+        or x.untyped_storage().data_ptr() in storages)
+
+
+def refuse_opaque(unit, output):
+    if output is not None and not isinstance(output, torch.Tensor) and not tensors_in(output):
+        raise RuntimeError(
+            f"unit {unit.name!r} returned {type(output).__name__}, in which no tensor was "
+            "found: stage 3 has to notice when backward comes back, so a unit returns tensors, "
+            "or tuples, lists, dicts or dataclasses of them")

@@ -1,0 +1,211 @@
+"""What makes a stage look like any nn.Module. The algorithms are the stages' own."""
+
+import weakref
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .. import comm
+from . import buffers, check, clip, failure, materialize, optimizers
+from .backward import buckets
+from .units import refuse_unfrozen
+
+wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
+
+
+class Shell(nn.Module):
+    """`module`, with its units laid out, rank 0's values in them, and the stage's hooks on it."""
+
+    def __init__(self, module, units, group, *, overlap=True, mixed_precision=None, checked=False,
+                 bucket_cap_mb=1):
+        super().__init__()
+        self.module, self.units, self.group = module, units, group
+        self.overlap, self.mixed_precision = overlap, mixed_precision
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._checker = check.checker(group) if checked else None
+        self._sync = True  # whether backward reduces: False inside no_sync()
+        self._backward = None  # the one that is running
+        self._in_full_params = False
+        original_names = [name for name, p in module.named_parameters() if p.requires_grad]
+
+        materialize.give_memory_to_buffers(module, group)
+        for _, units_of_one in groupby(units, key=lambda unit: unit.module):
+            units_of_one = list(units_of_one)
+            materialize.flatten(units_of_one, module, group)
+            for unit in units_of_one:
+                comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
+                self._keep(unit)
+        buffers.broadcast(module, group, "init")
+
+        self.trainable = [unit for unit in units if not unit.frozen]
+        owned = {name: p for u in self.trainable for name, p in zip(u.names, u.owned)}
+        self._named_parameters = [(name, owned[name]) for name in original_names]
+        cap = int(bucket_cap_mb * 2**20)
+        self._reduced_together = buckets(self.trainable, cap, lambda unit: unit.grad_dtype)
+        self._gathered_together = buckets(units, cap, lambda unit: unit.dtype)
+
+        hooks = self._register_hooks()
+        members = weakref.WeakSet(module.modules())
+        wrapped.update(members)
+        failure.models.add(self)
+        weakref.finalize(self, _unwrap, hooks, members).atexit = False
+
+    def _register_hooks(self):
+        hooks = optimizers.watch(self)
+        if self.mixed_precision is not None:
+            hooks += self.mixed_precision.watch_kept(self.module)
+            hooks += self.mixed_precision.guard_state_dict(self)
+        # torch.compile may compile the units, but not our hooks.
+        before = torch.compiler.disable(self._weak_hook("_pre_forward"))
+        for submodule in {unit.module for unit in self.units} - {self.module}:
+            # First, before a hook of the user's may want to see the parameters.
+            hooks.append(submodule.register_forward_pre_hook(before, prepend=True,
+                                                             with_kwargs=True))
+        for unit in self.trainable:
+            for index, p in enumerate(unit.params):
+                on_grad = self._weak_hook("_on_grad", unit, index)
+                hooks.append(p.register_post_accumulate_grad_hook(on_grad))
+        return hooks
+
+    def _weak_hook(self, method, *args):
+        """A hook that calls self.method(*args, …) and does not keep the model alive."""
+        model = weakref.ref(self)
+
+        def hook(*more):
+            if model() is not None:
+                return getattr(model(), method)(*args, *more)
+
+        return hook
+
+    # ---- around the stage's forward and step -----------------------------------------------------
+
+    def forward(self, *args, **kwargs):
+        self._drop_failed_backward()
+        refuse_unfrozen(self.units)
+        # Somebody wrote into model.parameters(), to clip weights for instance: all ranks need that.
+        self._follow([u for u in self.trainable if u.version != u.master._version])
+        if self.mixed_precision is not None and not self._in_full_params:
+            args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
+        return self._forward(args, kwargs)
+
+    def _drop_failed_backward(self):
+        """A backward that raised never came to its end: forget it, or the next would add to it."""
+        if self._backward is not None and torch._C._current_graph_task_id() == -1:  # none runs
+            for _, _, handle in self._backward.in_flight:
+                handle.wait()
+            self._leave_backward()
+
+    def _follow(self, units):
+        """The optimizer's parameters of these units have new values: the module's follow."""
+        self._after_step(units)
+        for unit in units:
+            unit.version = unit.master._version
+
+    def clip_grad_norm_(self, max_norm, norm_type=2.0):
+        """Scale all gradients so that their global norm is at most `max_norm`.
+
+        Returns the norm before clipping, a 0-dim tensor with the same bits on every rank and at
+        every stage.
+        """
+        return clip.clip_grad_norm_(self, max_norm, float(norm_type))
+
+    @contextmanager
+    def no_sync(self):
+        """Inside, backward sends nothing and accumulates local gradients, a full set of them at
+        every stage. The first backward outside reduces the sum; `model.zero_grad()` drops it."""
+        before, self._sync = self._sync, False
+        try:
+            yield
+        finally:
+            self._sync = before
+
+    def zero_grad(self, set_to_none=True):
+        super().zero_grad(set_to_none)
+        for unit in self.trainable:
+            for p in unit.params:
+                p.grad = None  # what no_sync() left there
+
+    # ---- names and values ------------------------------------------------------------------------
+
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        """(name, parameter) for each trainable parameter, as this rank's optimizer sees it."""
+        for name, p in self._named_parameters:
+            yield f"{prefix}.{name}" if prefix else name, p
+
+    @contextmanager
+    def full_params(self):
+        """All parameters in full, in `model.module`, on every rank (so all must enter together).
+        What rank 0 writes into them there is kept. With mixed precision, in full precision."""
+        with self._all_pinned() as full_of, torch.no_grad():
+            try:
+                yield
+            finally:
+                for unit, full in full_of.items():
+                    comm.broadcast(full, self.group, unit=unit.name, phase="full_params").wait()
+
+    @contextmanager
+    def _all_pinned(self):
+        """Yields {unit: its full buffer}. What that holds at the end is kept."""
+        if self._in_full_params:
+            yield {}
+            return
+        full_of = {unit: self._pin(unit) for unit in self.units}
+        self._in_full_params = True
+        try:
+            yield full_of
+        finally:
+            self._in_full_params = False
+            for unit, full in full_of.items():
+                self._unpin(unit, full)
+
+    def _pin(self, unit):
+        """Show the unit's parameters in full and in full precision until `_unpin`.
+
+        Returns the buffer, (padded_numel,)."""
+        if not unit.mixed:
+            return unit.flat
+        full = unit.master
+        if full.numel() < unit.padded_numel:
+            full = full.new_empty(unit.padded_numel)
+            comm.all_gather(full, unit.master, self.group, unit=unit.name,
+                            phase="full_params").wait()
+        unit.point_to(full)
+        return full
+
+    def _unpin(self, unit, full):
+        unit.adopt(full)
+        unit.version = unit.master._version
+
+    def state_dict(self):
+        """Full, unpadded copies under the original names, on every rank (so all must call it).
+        With mixed precision, the values of the master copy."""
+        with self._all_pinned():
+            return {name: value.clone() if isinstance(value, torch.Tensor) else value
+                    for name, value in self.module.state_dict().items()}
+
+    def load_state_dict(self, state_dict, strict=True):
+        """Takes what `state_dict()` or the bare module's gives. Rank 0's values are kept."""
+        with self.full_params():
+            result = self.module.load_state_dict(state_dict, strict)
+        buffers.broadcast(self.module, self.group, "load_state_dict")
+        return result
+
+    def _apply(self, fn, recurse=True):
+        raise RuntimeError("a wrapped model cannot be moved or cast: its flat buffers would stay "
+                           "behind; call .to(...) on the module before zero_ref.wrap")
+
+    def __getstate__(self):
+        raise RuntimeError("a wrapped model cannot be copied or pickled, because it belongs to a "
+                           "process group: copy `model.module` inside `with model.full_params():`, "
+                           "or save model.state_dict()")
+
+
+def _unwrap(hooks, members):
+    """When a model is gone, its hooks go too, and its module may be wrapped again."""
+    for hook in hooks:
+        hook.remove()
+    for member in members:
+        wrapped.discard(member)

@@ -1,0 +1,167 @@
+"""How messages travel: NCCL's built-in collectives, or direct messages between the ranks on gloo.
+
+`all_to_all`, `all_gather` and `broadcast` are generators: they start what they say, yield what has
+to be waited for, and end when it is there. `issue` runs a generator while the caller computes: on a
+CPU in a thread of its own, on a GPU on a stream of its own.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+
+# torch 2.13 deprecates the old name; 2.11 has only that one.
+_built_in_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# Message tags keep the kinds apart, and all of them from a user's own send and recv. Messages with
+# the same tag arrive in the order of sending, so each half of an all_reduce has a tag of its own:
+# one rank may start the next first half before this second half, and another one after it.
+_TAGS = {"broadcast": 1910, "reduce_scatter": 1911, "all_gather": 1912,
+         "all_reduce, sum": 1913, "all_reduce, gather": 1914}
+
+
+def on_gloo(device, group) -> bool:
+    """Whether the group's backend for tensors of this device is gloo, and not a built-in one."""
+    by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return by_device[device.type] == "gloo"
+
+
+def all_to_all(flat, out, group, op):
+    """Slice r of everybody's `flat` goes to rank r. Returns what this rank gets, in rank order.
+
+    out: where their sum will be; a part may arrive there."""
+    if not on_gloo(flat.device, group):
+        landing = torch.empty_like(flat)
+        yield [dist.all_to_all_single(landing, flat, group=group, async_op=True)]
+        return _slices(landing, group)
+    rank, parts, others = dist.get_rank(group), list(_slices(flat, group)), _others(group)
+    send = {r: parts[r] for r in others}
+    for r in others:  # one buffer less if `out` is free for it
+        free = r == others[0] and parts[rank].data_ptr() != out.data_ptr()
+        parts[r] = out if free else torch.empty_like(out)
+    yield from _exchange(group, op, send, {r: parts[r] for r in others})
+    return parts
+
+
+def all_gather(flat, own, group, op):
+    """`own` goes to everybody, into slice r of `flat` if it is rank r's."""
+    if not on_gloo(flat.device, group):
+        yield [_built_in_all_gather(flat, own, group=group, async_op=True)]
+        return
+    slices, others = _slices(flat, group), _others(group)
+    mine = slices[dist.get_rank(group)]
+    if mine.data_ptr() != own.data_ptr():
+        mine.copy_(own)
+    yield from _exchange(group, op, {r: own for r in others}, {r: slices[r] for r in others})
+
+
+def broadcast(flat, group):
+    """Rank 0's `flat` goes to everybody."""
+    if not on_gloo(flat.device, group):
+        yield [dist.broadcast(flat, group=group, group_src=0, async_op=True)]
+    elif dist.get_rank(group) == 0:
+        yield from _exchange(group, "broadcast", {r: flat for r in _others(group)}, {})
+    else:
+        yield from _exchange(group, "broadcast", {}, {0: flat})
+
+
+def _exchange(group, op, send, recv):
+    """send[r] goes to rank r, recv[r] is filled by rank r. gloo's messages travel through host
+    memory, so CUDA tensors are staged there."""
+    landing = {r: t if t.device.type == "cpu" else torch.empty_like(t, device="cpu")
+               for r, t in recv.items()}
+    leaving = {t.data_ptr(): t.cpu() for t in send.values()}
+    works = [dist.irecv(t, group=group, group_src=r, tag=_TAGS[op]) for r, t in landing.items()]
+    works += [dist.isend(leaving[t.data_ptr()], group=group, group_dst=r, tag=_TAGS[op])
+              for r, t in send.items()]
+    yield works
+    for r, t in recv.items():
+        if landing[r] is not t:
+            t.copy_(landing[r])
+
+
+def _slices(flat, group):
+    world_size = dist.get_world_size(group)
+    return flat.view(world_size, flat.numel() // world_size).unbind()
+
+
+def _others(group):
+    """The other ranks, nearest first, so that not everyone sends to rank 0 at once."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    return [(rank + k) % world_size for k in range(1, world_size)]
+
+
+# ---- while the caller computes -------------------------------------------------------------------
+
+_lanes: dict[tuple, "Lane | torch.cuda.Stream"] = {}
+
+
+def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[], object]:
+    """Run a collective's generator. Returns a function that waits until it is done."""
+    key = (group.group_name, op, device)
+    if on_gloo(device, group):
+        if key not in _lanes:
+            _lanes[key] = Lane()
+        return _lanes[key].issue(steps).result
+    if device.type != "cuda":
+        _run(steps)
+        return lambda: None
+    if key not in _lanes:
+        _lanes[key] = torch.cuda.Stream(device)
+    stream, computing = _lanes[key], torch.cuda.current_stream(device)
+    stream.wait_stream(computing)
+    with torch.cuda.stream(stream):
+        _run(steps)
+    done = stream.record_event()
+    return lambda: torch.cuda.current_stream(device).wait_event(done)
+
+
+def _run(steps):
+    for works in steps:
+        for work in works:
+            work.wait()
+
+
+class Lane(threading.Thread):
+    """On a CPU, what a stream is on a GPU: a thread that carries out collectives of one kind."""
+
+    def __init__(self):
+        super().__init__(name="zero_ref.comm", daemon=True)
+        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self.start()
+
+    def issue(self, steps: Iterator) -> Future:
+        done: Future = Future()
+        self._queue.put((steps, done))
+        return done
+
+    def run(self):
+        torch.set_num_threads(1)  # the others are for the model
+        while True:
+            self._carry_out([self._queue.get()])
+
+    def _carry_out(self, waiting):
+        """Start all that is there before waiting for the first."""
+        while not self._queue.empty():
+            waiting.append(self._queue.get())
+        started = deque()
+        while waiting:
+            steps, done = waiting.pop(0)
+            try:
+                started.append((chain([next(steps)], steps), done))
+            except BaseException as error:
+                done.set_exception(error)
+        while started:
+            steps, done = started.popleft()
+            try:
+                _run(steps)
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                del steps  # and with it the buffers that it used
+                done.set_result(None)
