@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import zero_ref
 from zero_ref import memory
-from zero_ref.engine import agreement as check
+from zero_ref.engine import check
 
 STAGES = (0, 1, 2, 3)
 WIDTH = 5

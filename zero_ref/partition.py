@@ -9,7 +9,7 @@ A weight of ten and a bias of three elements in fp32, on two ranks:
     slices        [-- rank 0 ---] [-- rank 1 ---]
 
 A parameter may lie in several slices, and a slice in several parameters. The stages differ in what
-a rank keeps (`Keeps`), in full or of its shard alone.
+a rank keeps (`Keeps`): everything, or its shard alone.
 
 Frozen parameters (requires_grad=False) have no gradient and no optimizer state. They get a flat
 buffer of their own beside the unit's trainable one. So does each dtype.
@@ -21,7 +21,7 @@ that in fp32.
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from .engine.clip import GradSlice
 from .engine.optimizers import owned_parameter
 
 FULL, SHARD = "full", "shard"
-ALIGNMENT = 16  # bytes: what vectorized kernels want, and more than any dtype's own size
+ALIGNMENT = 16  # bytes: what vectorized kernels want, and as much as the largest dtype has
 
 
 class Keeps(NamedTuple):
@@ -44,15 +44,16 @@ class Keeps(NamedTuple):
 
 
 class Layout:
-    """Where parameters of these sizes lie in a flat buffer. Everything is counted in elements.
+    """Where parameters of these sizes lie in a flat buffer. All numbers are elements.
 
-    itemsize: bytes of an element in the narrowest of the unit's buffers, so that all of them, in
-    whatever dtype, are aligned at the same elements.
+    itemsize: bytes of an element in the narrowest buffer that has this layout. The others have the
+    same offsets, and so are aligned too.
     """
 
     def __init__(self, sizes: Sequence[int], world_size: int, itemsize: int):
         step = max(1, ALIGNMENT // itemsize)
-        self.sizes, self.world_size, self.starts, end = list(sizes), world_size, [], 0
+        self.sizes, self.world_size = list(sizes), world_size
+        self.starts, end = [], 0
         for size in sizes:
             self.starts.append(_round_up(end, step))
             end = self.starts[-1] + size
@@ -64,46 +65,43 @@ class Layout:
         return slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
 
     def span(self, index: int, rank: int) -> tuple[int, int]:
-        """Which part of a parameter lies in the slice of this rank: positions in the parameter."""
-        own, start, size = self.slice_of(rank), self.starts[index], self.sizes[index]
-        return tuple(min(max(border - start, 0), size) for border in (own.start, own.stop))
+        """Which elements of a parameter, from begin to end, lie in this rank's slice."""
+        begin = rank * self.shard_numel - self.starts[index]
+        clamp = [min(max(n, 0), self.sizes[index]) for n in (begin, begin + self.shard_numel)]
+        return clamp[0], clamp[1]
 
     def owned_numel(self, rank: int) -> int:
-        """Elements of parameters, and not of padding, in the slice of this rank."""
-        return sum(end - start for start, end in
-                   (self.span(index, rank) for index in range(len(self.sizes))))
+        """How many elements of this rank's slice are not padding."""
+        spans = [self.span(index, rank) for index in range(len(self.sizes))]
+        return sum(end - begin for begin, end in spans)
 
 
-class Unit:
+class Unit(Layout):
     """The parameters of one module, trainable or frozen, as one flat buffer."""
+
+    flat: Tensor  # the parameters, (padded_numel,)
+    shard: Tensor  # what this rank keeps up to date of them: its slice, or everything
+    master: Tensor  # what the optimizer updates: `shard`, or a copy of it in fp32
+    owned: list[nn.Parameter]  # what it sees of each parameter: a view of `master`
+    version: int  # of `master`, when the module's parameters last followed it
 
     def __init__(self, name: str, module: nn.Module, params: Sequence[nn.Parameter],
                  names: Sequence[str], slots: list, rank: int, world_size: int,
                  precision: tuple[torch.dtype, torch.dtype]):
+        narrowest = min(dtype.itemsize for dtype in (params[0].dtype, *precision))
+        super().__init__([p.numel() for p in params], world_size, narrowest)
         self.name, self.module = name, module
         self.params = params  # the module's own nn.Parameters, which autograd works on
         self.names = names  # their names in the wrapped module
-        self.slots = slots  # for each, the (module, attribute) pairs where it hangs: tied, several
         self.shapes = [p.shape for p in params]
+        self.slots = slots  # for each, the (module, attribute) pairs where it hangs: tied, several
         self.frozen = not params[0].requires_grad
-        self.dtype, self.grad_dtype = precision  # of `flat`, and of gradients that are reduced
-        itemsize = min(dtype.itemsize for dtype in (params[0].dtype, *precision))
-        self.layout = Layout([p.numel() for p in params], world_size, itemsize)
-        self.numel, self.shard_numel = self.layout.numel, self.layout.shard_numel
-        self.padded_numel = self.layout.padded_numel
-        self.rank, self.world_size = rank, world_size
-        self.own_slice = self.layout.slice_of(rank)
-
-        self.flat: Tensor = None  # the parameters, (padded_numel,)
-        self.shard: Tensor = None  # what this rank keeps up to date of them: its slice, or all
-        self.master: Tensor = None  # what the optimizer updates: `shard`, or a copy of it in fp32
-        self.owned: list[nn.Parameter] = []  # the optimizer's view of each parameter in `master`
-        self.version = 0  # of `master`, when the module's parameters last followed it
-        self.kept_grads: dict[torch.dtype, Tensor] = {}  # memory in which reduced gradients stay
-
+        self.dtype, self.grad_dtype = precision  # of `flat`, and of gradients when reduced
+        self.rank, self.own_slice = rank, self.slice_of(rank)
+        self.kept_grads: dict[torch.dtype, Tensor] = {}  # the memory that they stay in
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
-        self.gathering = None  # the all_gather in flight that will fill it
+        self.gathering: Any = None  # the all_gather in flight that will fill it
         self.placeholders: list[nn.Parameter] = []  # what the module shows while it does not
 
     # ---- parameters ------------------------------------------------------------------------------
@@ -117,10 +115,10 @@ class Unit:
         self.point_to(self.flat)
 
     def keep(self, keeps: Keeps) -> None:
-        """Set up what this rank keeps, from parameters that are in `flat` in full precision."""
-        self.keeps, full = keeps, self.flat
+        """Set up what this rank keeps. `flat` has the parameters, in full and in full precision."""
+        full, self.keeps = self.flat, keeps
         self.mine = slice(None) if keeps.states == FULL else self.own_slice
-        self.flat = full.to(self.dtype)  # without mixed precision, they are one
+        self.flat = full.to(self.dtype)  # without mixed precision they are one
         self.point_to(self.flat)
         self.shard = self.flat[self.mine]
         if keeps.params == SHARD:
@@ -131,10 +129,15 @@ class Unit:
                       for view in self.owned_views(self.master)]
         self.version = self.master._version
 
-    def point_to(self, flat: Tensor) -> None:
-        """The module's parameters become views of `flat`."""
-        for p, view in zip(self.params, self.full_views(flat)):
-            p.data = view
+    @property
+    def resharded(self) -> bool:
+        """Whether the full parameters are neither there nor in flight."""
+        return not self.gathered and self.gathering is None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the master copy is one: of another dtype than what the model computes with."""
+        return self.master.dtype != self.flat.dtype
 
     def publish(self) -> None:
         """The master copy has new values: so gets the shard."""
@@ -149,34 +152,32 @@ class Unit:
             self.flat.copy_(full)
             self.point_to(self.flat)
 
-    @property
-    def mixed(self) -> bool:
-        """Whether the master copy is one: of another dtype than what the model computes with."""
-        return self.master.dtype != self.flat.dtype
+    def point_to(self, flat: Tensor) -> None:
+        """The module's parameters become views of `flat`."""
+        for p, view in zip(self.params, self.full_views(flat)):
+            p.data = view
 
     def full_views(self, flat: Tensor) -> list[Tensor]:
         """flat: (padded_numel,) → one view per parameter, in the parameter's shape."""
-        return [flat[start : start + shape.numel()].view(shape)
-                for start, shape in zip(self.layout.starts, self.shapes)]
+        return [flat[start : start + size].view(shape)
+                for start, size, shape in zip(self.starts, self.sizes, self.shapes)]
 
     def shard_views(self, shard: Tensor) -> list[Tensor]:
         """shard: (shard_numel,) → one 1-D view per parameter: what lies in this slice of it."""
-        base, views = self.own_slice.start, []
-        for index, start in enumerate(self.layout.starts):
-            begin, end = self.layout.span(index, self.rank)
-            views.append(shard[start + begin - base :][: end - begin])
-        return views
+        spans = [(start - self.own_slice.start, *self.span(index, self.rank))
+                 for index, start in enumerate(self.starts)]
+        return [shard[max(start + begin, 0) :][: end - begin] for start, begin, end in spans]
 
     def owned_views(self, buffer: Tensor) -> list[Tensor]:
-        """buffer: master, or gradients for it → what the optimizer sees of each parameter."""
+        """buffer: master, or its gradient → what the optimizer sees of each parameter."""
         return self.full_views(buffer) if self.keeps.states == FULL else self.shard_views(buffer)
 
     def owned_slices(self, index: int, tensor: Tensor) -> dict[int, Tensor]:
         """What the optimizer sees of a parameter, cut at the borders of the slices: by rank."""
         if self.keeps.states == SHARD:
             return {self.rank: tensor}
-        spans = [self.layout.span(index, rank) for rank in range(self.world_size)]
-        return {rank: tensor.reshape(-1)[begin:end] for rank, (begin, end) in enumerate(spans)}
+        spans = [self.span(index, rank) for rank in range(self.world_size)]
+        return {r: tensor.reshape(-1)[begin:end] for r, (begin, end) in enumerate(spans)}
 
     # ---- gradients -------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class Unit:
     def deliver(self, reduced: Tensor, missing: set[int]) -> None:
         """Give the optimizer its mean gradient, in the master's dtype. reduced: like `shard`.
 
-        missing: parameters that this rank had no gradient for, see engine/backward.py.
+        missing: parameters that this rank had none for, see the note in engine/backward.py.
         """
         if reduced.dtype != self.master.dtype:
             reduced = self.grad_memory(reduced.numel(), self.master.dtype).copy_(reduced)
@@ -211,32 +212,30 @@ class Unit:
                 p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
 
 
-def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_size: int,
+def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_size: int
             ) -> list[Unit]:
-    """The Units of `module`, the root's first. Nothing of the module is touched yet.
+    """The Units of `module`, the root's first. Nothing of the module is changed yet.
 
     units: which submodules are units, see `zero_ref.wrap`. A parameter belongs to the innermost
     unit that contains all the places where it hangs, or else to the root. precision_of: tells the
     dtypes of a parameter and of its gradient while they compute and communicate, from it and the
-    modules that contain it. Raises ValueError if the units match nothing, or if one would mix
-    devices.
+    modules around it. Raises ValueError if the units match nothing, or if one would mix devices.
     """
     rules.check_module(module)
     found = rules.find_units(module, units)
-    slots, paths = defaultdict(list), defaultdict(list)  # where a parameter hangs, by what names
-    for submodule in module.modules():
+    slots, paths = defaultdict(list), defaultdict(list)  # of a parameter: places, and their names
+    for path, submodule in module.named_modules(remove_duplicate=False):
         for attribute, p in submodule._parameters.items():
             if p is not None:
                 slots[p].append((submodule, attribute))
-    for name, p in module.named_parameters(remove_duplicate=False):
-        paths[p].append(name)
+                paths[p].append(path)
 
     members: dict = {unit_module: defaultdict(list) for unit_module in (module, *found.values())}
     for name, p in module.named_parameters():
         ways = [rules.modules_around(module, path) for path in paths[p]]
         home = [m for m in ways[0] if m in members and all(m in way for way in ways)][-1]
-        precision = precision_of(p, ways[0])
-        members[home][not p.requires_grad, p.dtype, precision].append((name, p))
+        kind = not p.requires_grad, p.dtype, precision_of(p, ways[0])
+        members[home][kind].append((name, p))
 
     result = []
     for unit_name, unit_module in {"": module, **found}.items():

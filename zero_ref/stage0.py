@@ -82,7 +82,7 @@ class Stage0(Shell):
         """Runs when autograd has accumulated one parameter's gradient."""
         self._begin_backward()
         if self._sync:
-            if not self._backward.waits_for(unit):
+            if not any(unit in bucket for bucket in self._backward.queue):
                 raise RuntimeError(f"a gradient of {unit.names[index]!r} arrived after those of "
                                    f"unit {unit.name!r} had been reduced in this backward")
             self._backward.collect(unit, index)

@@ -27,6 +27,7 @@ Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of 
 """
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch.autograd.graph import register_multi_grad_hook
@@ -69,23 +70,17 @@ class Stage3(Stage2):
 
     # ---- unshard and reshard ---------------------------------------------------------------------
 
-    def _unshard(self, unit: Unit, phase: str) -> None:
-        """Start to gather the unit's full parameters, unless they are there or in flight. Of its
-        bucket, those come along that this pass needs and has not gathered yet."""
-        if unit.gathered or unit.gathering is not None or self._in_full_params:
-            return
-        bucket = self._bucket_of[unit]
-        if phase in self._passes:
-            bucket = self._passes[phase].first_time(unit, bucket)
-        else:
-            bucket = Bucket([unit])
-        bucket = Bucket(u for u in bucket if not u.gathered and u.gathering is None)
-        for u in bucket:
-            u.flat.untyped_storage().resize_(u.padded_numel * u.flat.itemsize)
-        handle = comm.all_gather([u.flat for u in bucket], [u.shard for u in bucket], self.group,
-                                 unit=bucket.name, phase=phase)
-        for u in bucket:
-            u.gathering = handle
+    def _unshard(self, units: Iterable[Unit], phase: str) -> None:
+        """Start to gather the full parameters of these units, where they are not there yet."""
+        bucket = Bucket(unit for unit in units if unit.resharded)
+        if bucket and not self._in_full_params:
+            for unit in bucket:
+                unit.flat.untyped_storage().resize_(unit.padded_numel * unit.flat.itemsize)
+            handle = comm.all_gather(
+                [unit.flat for unit in bucket], [unit.shard for unit in bucket], self.group,
+                unit=bucket.name, phase=phase)
+            for unit in bucket:
+                unit.gathering = handle
 
     def _wait_for_unshard(self, unit: Unit) -> None:
         if unit.gathering is not None:
@@ -99,13 +94,13 @@ class Stage3(Stage2):
         """Gather a module's units, and start to gather what will be needed next, so that it
         arrives while this one computes."""
         this_pass = self._passes[phase]
-        this_pass.arrived(submodule)
+        this_pass.now.append(submodule)
         for unit in self._units_of[submodule]:
-            self._unshard(unit, phase)
+            self._unshard(this_pass.together(unit, self._bucket_of[unit]), phase)
             self._wait_for_unshard(unit)
         for _ in range(self.prefetch):
-            for unit in this_pass.next_missing(self._units_of):
-                self._unshard(unit, phase)
+            for unit in this_pass.next_resharded(self._units_of):
+                self._unshard(this_pass.together(unit, self._bucket_of[unit]), phase)
 
     def _reshard(self, unit: Unit) -> None:
         """Free all but this rank's shard."""
@@ -139,10 +134,9 @@ class Stage3(Stage2):
 
     def _pre_forward(self, submodule, args, kwargs):
         units = self._units_of.get(submodule, [])  # none: the root, or a copy that has our hooks
-        recomputing = self._backward is not None  # activation checkpointing runs forward again
-        if recomputing:
+        if self._backward is not None:  # activation checkpointing runs forward again
             for unit in units:
-                self._unshard(unit, "recompute")
+                self._unshard([unit], "recompute")
                 self._wait_for_unshard(unit)
         elif units:
             self._unshard_module(submodule, "forward")
@@ -232,7 +226,7 @@ class Stage3(Stage2):
             self._reshard(unit)
             show_in_module(unit, unit.params)
         else:
-            self._unshard(unit, "full_params")
+            self._unshard(self._bucket_of[unit], "full_params")
             self._wait_for_unshard(unit)
         return super()._pin(unit)
 

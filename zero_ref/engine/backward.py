@@ -1,6 +1,4 @@
-"""One backward that is running: what it has produced so far, and what is still to be reduced.
-
-It is one object, and dropped as a whole when backward ends or has failed.
+"""One backward that is running, and which units share messages.
 
 [Note: gradients that are missing] A rank may have no gradient for a parameter that others use; what
 it then contributes to the sum are zeros. If no rank has one, the parameter's gradient has to stay
@@ -15,11 +13,12 @@ from collections import defaultdict, deque
 
 import torch
 
-_running = defaultdict(list)  # name of a group -> its models in backward, as they began
+_running = defaultdict(list)  # name of a group -> its models' Backwards, as they began
 
 
 class Backward:
-    """`model` is in backward from now on, until `end()`; `finish` is called when autograd is done.
+    """What a running backward has produced, and what is still to be reduced. It is dropped as a
+    whole when autograd has come to its end, which calls `finish`, or has failed.
 
     queue: buckets that are yet to be reduced, the next one last: always the same order on every
     rank, whatever order the gradients arrive in.
@@ -31,11 +30,10 @@ class Backward:
         self.grads = {}  # unit -> (padded_numel,), this rank's gradients, while they fill up
         self.ready = defaultdict(set)  # unit -> indices of the parameters whose gradient is there
         self.missing = defaultdict(set)  # unit -> those that this rank has none for
+        self.entered = set()  # stage 3: modules between their outputs and their inputs
+        self.left = set()  # stage 3: units that it has been through
         self.expected = {unit: sum(p.requires_grad for p in unit.params)
                          for bucket in buckets for unit in bucket}
-        # Stage 3 only
-        self.entered = set()  # modules between their outputs and their inputs
-        self.left = set()  # units that backward has been through
         self.begun = _running[model.group.group_name]
         self.begun.append(self)
         torch.autograd.Variable._execution_engine.queue_callback(finish)
@@ -47,18 +45,15 @@ class Backward:
         """Whether another model that this backward came to earlier still has units to reduce: on
         every rank one comes after the other, also where a gradient is missing."""
         earlier = self.begun[: self.begun.index(self)]
-        return any(b.queue for b in earlier if b.model() is not None)
+        return any(backward.queue for backward in earlier if backward.model() is not None)
 
-    def complete(self, bucket):
+    def complete(self, units):
         """Whether all gradients of these units are there."""
-        return all(len(self.ready[unit]) >= self.expected[unit] for unit in bucket)
-
-    def waits_for(self, unit):
-        return any(unit in bucket for bucket in self.queue)
+        return all(len(self.ready[unit]) >= self.expected[unit] for unit in units)
 
     def collect(self, unit, index):
         """Move one parameter's gradient into the unit's flat buffer, and free the original."""
-        p, begin = unit.params[index], unit.layout.starts[index]
+        p, begin = unit.params[index], unit.starts[index]
         if p.grad.layout != torch.strided or p.grad.requires_grad:
             what = "is sparse" if p.grad.is_sparse else "has a graph of its own (create_graph=True)"
             raise RuntimeError(f"the gradient of {unit.names[index]!r} {what}: only plain "
@@ -72,14 +67,11 @@ class Backward:
 
     def fill_missing(self, unit):
         """What this backward has not reached: gradients from inside no_sync(), else zeros."""
-        grads, layout = self._buffer(unit), unit.layout
-        for index, begin in enumerate(layout.starts):
-            if index in self.ready[unit]:
-                continue
+        for index in set(range(len(unit.params))) - self.ready[unit]:
             if unit.params[index].grad is not None:
                 self.collect(unit, index)
             else:
-                grads[begin : begin + layout.sizes[index]] = -0.0
+                self._buffer(unit)[unit.starts[index] :][: unit.sizes[index]] = -0.0
                 self.missing[unit].add(index)
 
     def _buffer(self, unit):
@@ -109,8 +101,8 @@ def buckets(units, cap, dtype_of):
     """
     found, room = [], 0
     for unit in units:
-        nbytes = unit.padded_numel * dtype_of(unit).itemsize
-        if found and nbytes <= room and dtype_of(unit) == dtype_of(found[-1][-1]):
+        nbytes, dtype = unit.padded_numel * dtype_of(unit).itemsize, dtype_of(unit)
+        if found and nbytes <= room and dtype == dtype_of(found[-1][-1]):
             found[-1].append(unit)
             room -= nbytes
         else:

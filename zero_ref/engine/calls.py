@@ -47,31 +47,28 @@ class Pass:
     """In which order modules come, forward or backward. What came last time will again."""
 
     def __init__(self):
-        self.last, self.now = [], []
-        self.gathered = set()  # units that this pass has gathered
+        self.last, self.now, self.gathered = [], [], set()
 
     def begin(self):
-        self.last, self.now = self.now, []
-        self.gathered = set()
+        self.last, self.now, self.gathered = self.now, [], set()
 
-    def arrived(self, module):
-        self.now.append(module)
+    def together(self, unit, bucket):
+        """Which of the bucket's units to gather when `unit` is needed: those that this pass needs
+        and has not gathered yet, but `unit` alone if it is needed once more."""
+        if not unit.resharded:
+            return []
+        found = [unit] if unit in self.gathered else [
+            u for u in bucket if u is unit
+            or (u not in self.gathered and (not self.last or u.module in self.last))]
+        self.gathered.update(found)
+        return found
 
-    def first_time(self, unit, bucket):
-        """Which units of its bucket are to be gathered together with `unit`: those that this pass
-        needs and has not gathered yet, or `unit` alone if it is needed once more."""
-        bucket = type(bucket)([unit]) if unit in self.gathered else type(bucket)(
-            u for u in bucket if u not in self.gathered
-            and (u is unit or not self.last or u.module in self.last))
-        self.gathered.update(bucket)
-        return bucket
-
-    def next_missing(self, units_of):
-        """The units of the module that comes next and is not there, if the order is known."""
+    def next_resharded(self, units_of):
+        """The units of the next module whose parameters are not there, if the order is known."""
         count = len(self.now)
         if self.last[count - 1 : count] == self.now[-1:]:
             for module in self.last[count:]:
-                if any(not unit.gathered and unit.gathering is None for unit in units_of[module]):
+                if any(unit.resharded for unit in units_of[module]):
                     return units_of[module]
         return []
 

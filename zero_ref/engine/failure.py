@@ -38,6 +38,7 @@ def _in_backward(model):
     """The unit that backward had come to: gradients of those after it are there already."""
     if (backward := model._backward) is not None:
         entered = [unit for unit in model.units if unit.module in backward.entered]
-        waiting = entered or [unit for bucket in backward.queue[-1:] for unit in bucket]
+        waiting = entered or [unit for bucket in backward.queue[-1:] for unit in bucket
+                              if not backward.complete([unit])]
         return "backward", (waiting or model.units[:1])[-1].name
     return None

@@ -1,4 +1,4 @@
-"""How messages travel: NCCL's built-in collectives, or direct messages between the ranks on gloo.
+"""How messages travel: by the built-in collectives of NCCL, or directly between ranks on gloo.
 
 `all_to_all`, `all_gather` and `broadcast` are generators: they start what they say, yield what has
 to be waited for, and end when it is there. `issue` runs a generator while the caller computes: on a
@@ -34,18 +34,18 @@ def on_gloo(device, group) -> bool:
 def all_to_all(flat, out, group, op):
     """Slice r of everybody's `flat` goes to rank r. Returns what this rank gets, in rank order.
 
-    out: where their sum will be; a part may arrive there."""
+    out: where their sum will be, so that a part may arrive there if it is free.
+    """
     if not on_gloo(flat.device, group):
         landing = torch.empty_like(flat)
         yield [dist.all_to_all_single(landing, flat, group=group, async_op=True)]
         return _slices(landing, group)
-    rank, parts, others = dist.get_rank(group), list(_slices(flat, group)), _others(group)
-    send = {r: parts[r] for r in others}
-    for r in others:  # one buffer less if `out` is free for it
-        free = r == others[0] and parts[rank].data_ptr() != out.data_ptr()
-        parts[r] = out if free else torch.empty_like(out)
-    yield from _exchange(group, op, send, {r: parts[r] for r in others})
-    return parts
+    slices, rank = _slices(flat, group), dist.get_rank(group)
+    recv = {r: torch.empty_like(out) for r in _others(group)}
+    if recv and slices[rank].data_ptr() != out.data_ptr():
+        recv[next(iter(recv))] = out
+    yield from _exchange(group, op, {r: slices[r] for r in recv}, recv)
+    return [recv.get(r, own) for r, own in enumerate(slices)]
 
 
 def all_gather(flat, own, group, op):
@@ -64,10 +64,10 @@ def broadcast(flat, group):
     """Rank 0's `flat` goes to everybody."""
     if not on_gloo(flat.device, group):
         yield [dist.broadcast(flat, group=group, group_src=0, async_op=True)]
-    elif dist.get_rank(group) == 0:
-        yield from _exchange(group, "broadcast", {r: flat for r in _others(group)}, {})
-    else:
-        yield from _exchange(group, "broadcast", {}, {0: flat})
+        return
+    first = dist.get_rank(group) == 0
+    send, recv = {r: flat for r in _others(group) if first}, {} if first else {0: flat}
+    yield from _exchange(group, "broadcast", send, recv)
 
 
 def _exchange(group, op, send, recv):
@@ -113,11 +113,10 @@ def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[],
         return lambda: None
     if key not in _lanes:
         _lanes[key] = torch.cuda.Stream(device)
-    stream, computing = _lanes[key], torch.cuda.current_stream(device)
-    stream.wait_stream(computing)
-    with torch.cuda.stream(stream):
+    _lanes[key].wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_lanes[key]):
         _run(steps)
-    done = stream.record_event()
+    done = _lanes[key].record_event()
     return lambda: torch.cuda.current_stream(device).wait_event(done)
 
 
@@ -128,36 +127,35 @@ def _run(steps):
 
 
 class Lane(threading.Thread):
-    """On a CPU, what a stream is on a GPU: a thread that carries out collectives of one kind."""
+    """On a CPU, what a stream is on a GPU: a thread that carries out collectives of one kind in
+    order of issue. Those that wait in line are started together."""
 
     def __init__(self):
         super().__init__(name="zero_ref.comm", daemon=True)
-        self._queue: queue.SimpleQueue = queue.SimpleQueue()
+        self._line: queue.SimpleQueue = queue.SimpleQueue()
         self.start()
 
     def issue(self, steps: Iterator) -> Future:
         done: Future = Future()
-        self._queue.put((steps, done))
+        self._line.put((steps, done))
         return done
 
     def run(self):
-        torch.set_num_threads(1)  # the others are for the model
+        torch.set_num_threads(1)  # here and in threads that begin later: the others are the model's
         while True:
-            self._carry_out([self._queue.get()])
+            self._carry_out(deque([self._line.get()]))
 
-    def _carry_out(self, waiting):
-        """Start all that is there before waiting for the first."""
-        while not self._queue.empty():
-            waiting.append(self._queue.get())
-        started = deque()
-        while waiting:
-            steps, done = waiting.pop(0)
+    def _carry_out(self, jobs):
+        while not self._line.empty():
+            jobs.append(self._line.get())
+        for _ in range(len(jobs)):
+            steps, done = jobs.popleft()
             try:
-                started.append((chain([next(steps)], steps), done))
+                jobs.append((chain([next(steps)], steps), done))
             except BaseException as error:
                 done.set_exception(error)
-        while started:
-            steps, done = started.popleft()
+        while jobs:
+            steps, done = jobs.popleft()
             try:
                 _run(steps)
             except BaseException as error:

@@ -24,9 +24,9 @@ def find_units(module, units):
 
 
 def modules_around(module, name):
-    """The modules that contain the parameter of this name, the outermost first."""
+    """The modules on the way to the submodule of this name, the outermost first."""
     around = [module]
-    for part in name.split(".")[:-1]:
+    for part in filter(None, name.split(".")):
         around.append(around[-1]._modules[part])
     return around
 

@@ -11,7 +11,7 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
     """What one rank keeps between steps, in bytes, as the paper computes it.
 
     numel: the number of parameters Ψ, as in the paper, or for a live model a list of units, each a
-        list of its parameters' sizes in elements, for instance `unit.layout.sizes`: the padding of
+        list of its parameters' sizes in elements, for instance `unit.sizes`: the padding of
         its flat buffer is counted then. optimizer_dtypes: one per state that the optimizer keeps
         for each element; the default is fp32 Adam (exp_avg, exp_avg_sq). The paper's
         mixed-precision Adam is param_dtype=grad_dtype=torch.float16 and three fp32 states (master

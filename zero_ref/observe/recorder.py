@@ -10,6 +10,7 @@
 alive at that moment; the stages know nothing of it.
 """
 
+import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,6 +42,11 @@ class Layout:
     padded_numel: int
     world_size: int
     frozen: bool
+
+    @property
+    def sizes(self):
+        """Of each parameter, as `memory.model_states` takes them."""
+        return [math.prod(shape) for shape in self.shapes]
 
 
 @dataclass
@@ -90,7 +96,7 @@ class Recording:
 
 def layout(model):
     """The flat buffers of a wrapped model, as a list of Layouts, which any process may draw."""
-    return [Layout(u.name, list(u.names), [tuple(shape) for shape in u.shapes], u.layout.starts,
+    return [Layout(u.name, list(u.names), [tuple(shape) for shape in u.shapes], u.starts,
                    u.numel, u.padded_numel, u.world_size, u.frozen)
             for u in model.units if u.numel]
 
