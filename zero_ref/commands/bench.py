@@ -28,7 +28,7 @@ from rich.table import Table
 from .. import comm, wrap
 from ..observe import memory
 from ..observe.trace import loopback_bytes
-from ..ranks.launch import _Pool
+from ..ranks.pool import Pool
 from ..tasks.models import GPT
 from .train import backend_for, describe, prepare_device
 
@@ -82,7 +82,7 @@ def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=
 def _in_fresh_processes(fn, world_size, backend, *args):
     """Start ranks, run fn(*args) on them, end them. Returns rank 0's answer, with the largest
     peak of all ranks."""
-    pool = _Pool(world_size, backend)
+    pool = Pool(world_size, backend)
     try:
         answers = pool.run(cloudpickle.dumps((fn, args)))
     finally:

@@ -6,7 +6,7 @@ import time
 from contextlib import contextmanager
 from itertools import chain
 
-_PATIENCE = 2.0  # seconds that a line waits for its turn
+_TIMEOUT = 2.0  # seconds that a line waits for its turn
 _cell_is_ours = False
 
 
@@ -71,7 +71,7 @@ class _InOrder(_AsTheyCome):
 
     def due(self):
         arrivals = [lines[0][0] for lines in self.waiting if lines]
-        when = min(arrivals, default=math.inf) + _PATIENCE
+        when = min(arrivals, default=math.inf) + _TIMEOUT
         if when <= time.monotonic():
             self._show(everything=True)
             return math.inf
