@@ -190,7 +190,7 @@ def print_report(report):
     console.print(result)
     console.print()
     console.print(cost)
-    console.print("Peak: all tensors, also activations and messages under way. It contains one "
+    console.print("Peak: all tensors, also activations and messages in flight. It contains one "
                   f"unit as a whole; the largest has {report['largest_unit']:,} parameters.")
     console.print("Sent, by formula: 2Ψ·(N-1)/N at stages 0, 1, 2 and 3Ψ·(N-1)/N at stage 3, with "
                   "units padded.\n≈: DDP's share of what the kernel counted on the loopback device."
