@@ -11,12 +11,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import torch
@@ -80,7 +81,9 @@ MODELS = {
 }
 
 
-def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=None):
+def bench(models: Sequence[str], systems: Sequence[str] | None, world_sizes: Sequence[int], *,
+          rounds: int, steps: int, device: str = "cpu",
+          backend: str | None = None) -> dict[str, Any]:
     """Time the systems in turns. Returns the report that `zero-ref bench --json` writes: for each
     model and world size a part, in it a row per system, and the Python overhead per unit.
 
@@ -96,12 +99,12 @@ def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=
         raise ValueError(f"systems {', '.join(unknown)}: not among {', '.join(available)}"
                          + ("" if _has_deepspeed() else " (DeepSpeed is not installed)"))
     systems = [s for s in available if systems is None or s in {*systems, "DDP", "floor"}]
-    report = {"rounds": rounds, "steps": steps, "machine": _machine(), "torch": torch.__version__,
-              "optimizer": "AdamW", "parts": []}
+    report: dict[str, Any] = {"rounds": rounds, "steps": steps, "machine": _machine(),
+                              "torch": torch.__version__, "optimizer": "AdamW", "parts": []}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("", total=len(models) * len(world_sizes) * rounds * len(systems))
         for model, world_size in [(m, n) for m in models for n in world_sizes]:
-            runs = {system: [] for system in systems}
+            runs: dict[str, list[dict]] = {system: [] for system in systems}
             for turn in range(rounds):
                 shift = turn % len(systems)
                 for system in systems[shift:] + systems[:shift]:
@@ -258,14 +261,16 @@ def _measure(system, name, device, steps):
             step(x, y)
     dist.barrier()
     _reset_peak(device)
-    sent = loopback_bytes()
+    sent_before = loopback_bytes()
     clock = _clock(device)
     for x, y in batches[warm_up:]:
         loss = step(x, y)
     seconds = clock() / steps
-    losses = [None] * world_size
+    losses = [0.0] * world_size
     dist.all_gather_object(losses, loss.item())  # also waits for the other ranks
-    sent = None if sent is None else (loopback_bytes() - sent) / steps / world_size
+    sent_after, sent = loopback_bytes(), None
+    if sent_before is not None and sent_after is not None:
+        sent = (sent_after - sent_before) / steps / world_size
     return {"seconds": seconds, "sent": sent, "loss": sum(losses) / world_size,
             "peak": _peak(device) - before, "about": about}
 
@@ -328,7 +333,7 @@ def _overhead_in_a_fresh_process(world_size):
         return fresh.submit(overhead, world_size).result()
 
 
-def overhead(world_size, units=64, steps=30):
+def overhead(world_size: int, units: int = 64, steps: int = 30) -> dict[int, float]:
     """Microseconds per unit and step that each stage adds to the bare module: Python alone, on one
     rank of `world_size` whose messages go nowhere (torch's "fake" backend, whose own time is not
     counted). Returns {stage: µs}.
@@ -417,7 +422,8 @@ def _mb(nbytes):
     return f"{nbytes / 1e6:.1f}" if nbytes < 1e7 else f"{nbytes / 1e6:,.0f}"
 
 
-def print_report(report):
+def print_report(report: dict[str, Any]) -> None:
+    """A table per model and world size, and one of the overhead, on stdout."""
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print(f"{report['machine']}, torch {report['torch']}; {report['rounds']} rounds of "
                   f"{report['steps']} steps, {report['optimizer']}")

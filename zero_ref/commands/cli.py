@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..ranks.launch import RankError, init, launch
@@ -11,7 +12,8 @@ from ..tasks.data import TASKS
 from .train import OPTIMIZERS, backend_for
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 2 for what cannot be run, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)

@@ -40,8 +40,8 @@ class Pool:
             # here, instead of in every rank.
             context.set_forkserver_preload(["zero_ref", "torch._dynamo"])
         self.ranks: list[multiprocessing.process.BaseProcess] = []
-        self.jobs: list[Connection] = []
-        self.controls: list[Connection] = []
+        self.jobs: list[Connection] = []  # by rank: what is to be run, and what came of it
+        self.controls: list[Connection] = []  # by rank: where it is
         self.unfinished = set(range(world_size))
         try:
             self._start(context, world_size)
@@ -85,11 +85,13 @@ class Pool:
         Raises RankError if a rank fails. The pool is of no use then: close it.
         """
         message = pickle.dumps((dict(os.environ), os.getcwd(), job))
-        for connection in self.jobs:
-            connection.send_bytes(message)
-        results, failures = {}, {}
+        for to_rank in self.jobs:
+            to_rank.send_bytes(message)
+        results: dict[int, Any] = {}
+        failures: dict[int, Failure] = {}
         self.unfinished = set(range(len(self.ranks)))
-        waiting, deadline = dict(zip(self.jobs, range(len(self.jobs)))), math.inf
+        waiting: dict[Any, int] = dict(zip(self.jobs, range(len(self.jobs))))
+        deadline = math.inf
         with output(len(self.ranks)) as shown:
             while waiting and time.monotonic() < deadline:
                 wake = min(deadline, shown.due())

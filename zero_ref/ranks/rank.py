@@ -48,7 +48,7 @@ def main(rank: int, world_size: int, backend: str, port: int, jobs: Connection,
     if os.path.exists("/sys/class/net/lo"):  # all ranks are here: do not depend on the host's name
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(max(1, cores // world_size))
+    torch.set_num_threads(max(1, (cores or 1) // world_size))
 
     one_at_a_time = threading.Lock()  # a rank's threads may print, too
 
@@ -103,15 +103,16 @@ class _Lines(io.TextIOBase):
 
 def _answer_or_end(control):
     """In a thread of its own: tell where the main thread is, and end with the caller."""
-    caller = multiprocessing.parent_process().sentinel
+    parent = multiprocessing.parent_process()
     main_thread = threading.main_thread().ident
-    while control in wait([caller, control]):
+    assert parent is not None and main_thread is not None
+    while control in wait([parent.sentinel, control]):
         try:
             control.recv()
         except EOFError:
             break
-        stack = traceback.walk_stack(sys._current_frames()[main_thread])
-        stack = traceback.StackSummary.extract(stack, lookup_lines=False)
+        frames = traceback.walk_stack(sys._current_frames()[main_thread])
+        stack = traceback.StackSummary.extract(frames, lookup_lines=False)
         stack.reverse()
         launched = errors.launched_frames(stack)
         theirs = [frame for frame in launched if not frame.filename.startswith(_PACKAGE)]
