@@ -1,6 +1,6 @@
 # make lab           opens the course, the notebooks, in JupyterLab
 # make compare       the main job: all stages side by side on real data
-# make test          all checks: ruff, pytest, and the notebooks once more
+# make test          all checks: ruff, mypy, pytest, and the notebooks once more
 # make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
 # make notebooks     runs all notebooks and keeps what they print and show
 # make figures       draws the figures anew, from runs; make bench draws its own
@@ -18,6 +18,7 @@ compare: .venv/.installed
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 	$(BIN)/pytest --nbval notebooks/
 

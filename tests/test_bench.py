@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import zero_ref
 from zero_ref.commands import bench
 from zero_ref.commands.cli import main
 
@@ -26,7 +27,19 @@ def report(tmp_path_factory):
 def test_all_systems_train_the_same_model_on_the_same_data(report):
     rows = report["parts"][0]["systems"]
     assert [row["system"] for row in rows] == EVERYWHERE
-    losses = {row["system"]: row["loss"] for row in rows}
+    check_losses({row["system"]: row["loss"] for row in rows})
+
+
+def test_all_systems_train_the_cnn_too():
+    def measure():
+        return {system: bench._measure(system, "CNN", "cpu", 1) for system in EVERYWHERE}
+
+    measured = zero_ref.launch(measure, 2)[0]
+    check_losses({system: m["loss"] for system, m in measured.items()})
+    assert {m["about"]["numel"] for m in measured.values()} == {151_306}
+
+
+def check_losses(losses):
     alone = losses.pop("floor")
     assert all(abs(loss - losses["DDP"]) < 1e-4 for loss in losses.values())
     assert abs(alone - losses["DDP"]) > 1e-3  # or communication would make no difference

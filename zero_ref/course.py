@@ -36,7 +36,7 @@ def show(*objects):
             raise ValueError(f"{thing.__qualname__} has {code.count(chr(10)) + 1} lines: show at "
                              f"most {_SCREENFUL} at a time")
         if i == 0:
-            code = f"# {inspect.getmodule(thing).__name__}\n{code}"
+            code = f"# {thing.__module__}\n{code}"
         display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
 

@@ -11,10 +11,13 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import cloudpickle
 import torch
@@ -24,26 +27,63 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor, nn
 
 from .. import comm, wrap
 from ..observe import memory
 from ..observe.trace import loopback_bytes
-from ..ranks.launch import _Pool
-from ..tasks.models import GPT
+from ..ranks.pool import Pool
+from ..tasks import data
+from ..tasks.models import GPT, cnn
 from .train import backend_for, describe, prepare_device
 
-# (width, layers, heads, sequences per rank, tokens per sequence). The first has work enough per
-# parameter to hide messages behind; the last has next to none, so messages decide.
-MODELS = {
-    "3M": (256, 4, 4, 4, 64),
-    "15M": (448, 6, 7, 2, 32),
-    "57M": (768, 8, 12, 1, 16),
-}
 VOCAB = 256
 WARM_UP = 3  # steps that are not counted: the first creates optimizer states, and connections
+Batches = Iterable[tuple[Tensor, Tensor]]
+Loss = Callable[[Tensor, Tensor], Tensor]
+Step = Callable[[Tensor, Tensor], Tensor]
 
 
-def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=None):
+@dataclass
+class Model:
+    """What is trained. batches: (steps, rank, world_size) -> as many batches (x, y) for that rank.
+    times: how many times as many steps are taken, for a model whose step is short."""
+
+    what: str
+    build: Callable[[], nn.Module]
+    batches: Callable[[int, int, int], Batches]
+    loss: Loss
+    times: int = 1
+
+
+def _digits(steps, rank, world_size):
+    return data.batches(data.load("digits"), steps, 48, rank, world_size, seed=0)
+
+
+def _gpt(width, layers, heads, sequences, tokens):
+    """sequences: per rank; tokens: per sequence, random ones."""
+    def batches(steps, rank, world_size):
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randint(VOCAB, (steps, 2, sequences, tokens), generator=generator)
+
+    return Model("GPT", lambda: GPT(VOCAB, tokens, width, heads, layers), batches,
+                 lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()))
+
+
+# The CNN is so small that what a step costs apart from computing decides. The first GPT has work
+# enough per parameter to hide messages behind; the last has next to none, so messages decide.
+MODELS = {
+    "CNN": Model("CNN on digits (48 a step, ten times the steps)", lambda: cnn(8, 8), _digits,
+                 F.nll_loss, times=10),
+    "3M": _gpt(256, 4, 4, 4, 64),
+    "15M": _gpt(448, 6, 7, 2, 32),
+    "57M": _gpt(768, 8, 12, 1, 16),
+}
+
+
+def bench(models: Sequence[str], systems: Sequence[str] | None, world_sizes: Sequence[int], *,
+          rounds: int, steps: int, device: str = "cpu",
+          backend: str | None = None) -> dict[str, Any]:
     """Time the systems in turns. Returns the report that `zero-ref bench --json` writes: for each
     model and world size a part, in it a row per system, and the Python overhead per unit.
 
@@ -59,12 +99,12 @@ def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=
         raise ValueError(f"systems {', '.join(unknown)}: not among {', '.join(available)}"
                          + ("" if _has_deepspeed() else " (DeepSpeed is not installed)"))
     systems = [s for s in available if systems is None or s in {*systems, "DDP", "floor"}]
-    report = {"rounds": rounds, "steps": steps, "machine": _machine(), "torch": torch.__version__,
-              "optimizer": "AdamW", "parts": []}
+    report: dict[str, Any] = {"rounds": rounds, "steps": steps, "machine": _machine(),
+                              "torch": torch.__version__, "optimizer": "AdamW", "parts": []}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("", total=len(models) * len(world_sizes) * rounds * len(systems))
         for model, world_size in [(m, n) for m in models for n in world_sizes]:
-            runs = {system: [] for system in systems}
+            runs: dict[str, list[dict]] = {system: [] for system in systems}
             for turn in range(rounds):
                 shift = turn % len(systems)
                 for system in systems[shift:] + systems[:shift]:
@@ -82,7 +122,7 @@ def bench(models, systems, world_sizes, *, rounds, steps, device="cpu", backend=
 def _in_fresh_processes(fn, world_size, backend, *args):
     """Start ranks, run fn(*args) on them, end them. Returns rank 0's answer, with the largest
     peak of all ranks."""
-    pool = _Pool(world_size, backend)
+    pool = Pool(world_size, backend)
     try:
         answers = pool.run(cloudpickle.dumps((fn, args)))
     finally:
@@ -90,12 +130,12 @@ def _in_fresh_processes(fn, world_size, backend, *args):
     return answers[0] | {"peak": max(answer["peak"] for answer in answers)}
 
 
-# ---- the systems: each turns a module into a function step(x, y) -> loss -------------------------
+# ---- the systems: each turns a module and its loss into a function step(x, y) -> loss ------------
 
 
-def _loop(model, optimizer):
+def _loop(model, optimizer, loss_of):
     def step(x, y):
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss = loss_of(model(x), y)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -108,39 +148,45 @@ def _adamw(params):
     return torch.optim.AdamW(params, lr=1e-4)
 
 
-def _floor(net):
-    return _loop(net, _adamw(net.parameters()))
+def _floor(net, loss_of):
+    return _loop(net, _adamw(net.parameters()), loss_of)
 
 
-def _ddp(net):
-    model = torch.nn.parallel.DistributedDataParallel(net)
-    return _loop(model, _adamw(model.parameters()))
+def _ddp(net, loss_of):
+    model = nn.parallel.DistributedDataParallel(net)
+    return _loop(model, _adamw(model.parameters()), loss_of)
 
 
-def _zero_redundancy(net):
+def _zero_redundancy(net, loss_of):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model = torch.nn.parallel.DistributedDataParallel(net)
-    return _loop(model, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4))
+    model = nn.parallel.DistributedDataParallel(net)
+    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4)
+    return _loop(model, optimizer, loss_of)
 
 
 def _fsdp2(reshard_after_forward):
-    def build(net):
+    def build(net, loss_of):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         kind = next(net.parameters()).device.type
         mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        for block in net.blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        fully_shard(net, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        return _loop(net, _adamw(net.parameters()))
+        for unit in [*_units(net), net]:
+            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
+        return _loop(net, _adamw(net.parameters()), loss_of)
 
     return build
 
 
+def _units(net):
+    """The parts that are units in `wrap`, too: a GPT's blocks, or a CNN's layers with parameters.
+    """
+    return [part for part in getattr(net, "blocks", net) if list(part.parameters())]
+
+
 def _deepspeed(stage):
-    def build(net):
+    def build(net, loss_of):
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
         import deepspeed
 
@@ -152,7 +198,7 @@ def _deepspeed(stage):
                     "zero_optimization": {"stage": stage, "overlap_comm": False}})
 
         def step(x, y):
-            loss = F.cross_entropy(engine(x).flatten(0, 1), y.flatten())
+            loss = loss_of(engine(x), y)
             engine.backward(loss)
             engine.step()
             return loss
@@ -163,15 +209,15 @@ def _deepspeed(stage):
 
 
 def _ours(stage, **options):
-    def build(net):
+    def build(net, loss_of):
         model = wrap(net, stage, **options)
-        return _loop(model, _adamw(model.parameters()))
+        return _loop(model, _adamw(model.parameters()), loss_of)
 
     return build
 
 
 # "floor" is one process without communication: no system can be faster on the same cores.
-SYSTEMS = {
+SYSTEMS: dict[str, Callable[[nn.Module, Loss], Step]] = {
     "floor": _floor,
     "DDP": _ddp,
     "stage 0": _ours(0),
@@ -195,37 +241,50 @@ def _has_deepspeed():
 # ---- on every rank -------------------------------------------------------------------------------
 
 
-def _measure(system, model, device, steps):
+def _measure(system, name, device, steps):
     device = prepare_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    width, layers, heads, sequences, tokens = MODELS[model]
-    # A tiny step first, so that the memory of code and libraries is not taken for the model's.
-    _floor(GPT(VOCAB, 2, 8, 1, 1).to(device))(*torch.zeros(2, 1, 2, dtype=int, device=device))
+    model = MODELS[name]
+    warm_up, steps = model.times * WARM_UP, model.times * steps
+    _load_libraries(device)
     before = _resident_set(device)
     torch.manual_seed(0)
-    net = GPT(VOCAB, tokens, width, heads, layers).to(device)
-    about = {"numel": sum(p.numel() for p in net.parameters()), "device": describe(device),
-             "largest_unit": sum(p.numel() for p in net.blocks[0].parameters())}
-    generator = torch.Generator().manual_seed(rank)
-    shape = (WARM_UP + steps, 2, sequences, tokens)
-    data = torch.randint(VOCAB, shape, generator=generator).to(device)
+    net = model.build().to(device)
+    about = {"numel": _numel(net), "device": describe(device),
+             "largest_unit": max(map(_numel, _units(net)))}
+    batches = [(x.to(device), y.to(device))
+               for x, y in model.batches(warm_up + steps, rank, world_size)]
 
     with redirect_stdout(io.StringIO()):  # DeepSpeed talks
-        step = SYSTEMS[system](net)
-        for x, y in data[:WARM_UP]:
+        step = SYSTEMS[system](net, model.loss)
+        for x, y in batches[:warm_up]:
             step(x, y)
     dist.barrier()
     _reset_peak(device)
-    sent = loopback_bytes()
+    sent_before = loopback_bytes()
     clock = _clock(device)
-    for x, y in data[WARM_UP:]:
+    for x, y in batches[warm_up:]:
         loss = step(x, y)
     seconds = clock() / steps
-    losses = [None] * world_size
+    losses = [0.0] * world_size
     dist.all_gather_object(losses, loss.item())  # also waits for the other ranks
-    sent = None if sent is None else (loopback_bytes() - sent) / steps / world_size
+    sent_after, sent = loopback_bytes(), None
+    if sent_before is not None and sent_after is not None:
+        sent = (sent_after - sent_before) / steps / world_size
     return {"seconds": seconds, "sent": sent, "loss": sum(losses) / world_size,
             "peak": _peak(device) - before, "about": about}
+
+
+def _load_libraries(device):
+    """Two tiny steps, so that the memory of code and libraries is not taken for a model's."""
+    for net, x in ((GPT(VOCAB, 2, 8, 1, 1), torch.zeros(1, 2, dtype=torch.long)),
+                   (cnn(2, 2), torch.zeros(1, 1, 2, 2))):
+        net.to(device)
+        _floor(net, lambda output, _: output.sum())(x.to(device), None)
+
+
+def _numel(net):
+    return sum(p.numel() for p in net.parameters())
 
 
 def _clock(device):
@@ -274,7 +333,7 @@ def _overhead_in_a_fresh_process(world_size):
         return fresh.submit(overhead, world_size).result()
 
 
-def overhead(world_size, units=64, steps=30):
+def overhead(world_size: int, units: int = 64, steps: int = 30) -> dict[int, float]:
     """Microseconds per unit and step that each stage adds to the bare module: Python alone, on one
     rank of `world_size` whose messages go nowhere (torch's "fake" backend, whose own time is not
     counted). Returns {stage: µs}.
@@ -302,7 +361,7 @@ def overhead(world_size, units=64, steps=30):
 
     def seconds(stage):
         nonlocal in_backend
-        model = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(units)])
+        model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(units)])
         if stage is not None:
             model = wrap(model, stage)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -359,23 +418,27 @@ def _summary(runs, world_size):
     return rows
 
 
-def print_report(report):
+def _mb(nbytes):
+    return f"{nbytes / 1e6:.1f}" if nbytes < 1e7 else f"{nbytes / 1e6:,.0f}"
+
+
+def print_report(report: dict[str, Any]) -> None:
+    """A table per model and world size, and one of the overhead, on stdout."""
     console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
     console.print(f"{report['machine']}, torch {report['torch']}; {report['rounds']} rounds of "
                   f"{report['steps']} steps, {report['optimizer']}")
     for part in report["parts"]:
         console.print()
-        table = Table(title=f"GPT with Ψ = {part['numel']:,} parameters, N = "
-                            f"{part['world_size']} ranks on {part['device']}",
-                      title_justify="left", box=box.SIMPLE_HEAD)
+        title = (f"{MODELS[part['model']].what} with Ψ = {part['numel']:,} parameters, N = "
+                 f"{part['world_size']} ranks on {part['device']}")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("", "ms", "/ DDP", "least–most", "floor", "sent", "peak", "states", "loss"):
             table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
         for row in part["systems"]:
             sent = "?" if row["sent_psi"] is None else f"{row['sent_psi']:.3f} Ψ"
             table.add_row(row["system"], f"{row['seconds'] * 1e3:.1f}", f"{row['ratio']:.2f}",
                           f"{row['least']:.2f}–{row['most']:.2f}", f"{row['floor_share']:.0%}",
-                          sent, f"{row['peak_bytes'] / 1e6:,.0f}",
-                          f"{row['formula_bytes'] / 1e6:,.0f}",
+                          sent, _mb(row["peak_bytes"]), _mb(row["formula_bytes"]),
                           "" if row["system"] == "floor" else f"{row['loss']:.4f}")
         console.print(table)
     console.print(

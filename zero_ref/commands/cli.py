@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..ranks.launch import RankError, init, launch
@@ -11,7 +12,8 @@ from ..tasks.data import TASKS
 from .train import OPTIMIZERS, backend_for
 
 
-def main(argv=None):
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 2 for what cannot be run, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
         return args.run(args)
@@ -54,13 +56,15 @@ def _parser():
         "bench", help="step time, bytes and memory beside torch DDP, FSDP2 and others",
         description="Time every stage beside what people use instead, in turns.")
     bench.set_defaults(run=_bench)
-    bench.add_argument("--model", nargs="+", default=["3M"], choices=["3M", "15M", "57M"],
+    bench.add_argument("--model", nargs="+", default=["3M"],
+                       choices=["CNN", "3M", "15M", "57M"],
                        help="default: 3M (compute decides); at 57M messages do")
     bench.add_argument("--systems", nargs="+", metavar="NAME", help="default: all that are there")
     bench.add_argument("--world-size", type=int, nargs="+", default=[2], metavar="N",
                        help="numbers of ranks, one after another; default: 2")
     bench.add_argument("--rounds", type=int, default=5, metavar="R", help="default: 5")
-    bench.add_argument("--steps", type=int, default=10, metavar="K", help="per round; default: 10")
+    bench.add_argument("--steps", type=int, default=10, metavar="K",
+                       help="per round; default: 10. Of the CNN, whose step is short, ten times K")
     bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--backend", choices=["gloo", "nccl"])
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")

@@ -4,6 +4,9 @@ import hashlib
 import os
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +26,9 @@ from .train import OPTIMIZERS, STATES, backend_for, describe, prepare_device, pr
 SENT_PSI = {"DDP": 2, 0: 2, 1: 2, 2: 2, 3: 3}  # elements sent per step, in Ψ·(N-1)/N
 
 
-def compare(task, stages, world_size, *, steps, batch_size, optimizer, device, backend, seed,
-            data_dir):
+def compare(task: str, stages: Sequence[int], world_size: int, *, steps: int, batch_size: int,
+            optimizer: str, device: str, backend: str | None, seed: int,
+            data_dir: Path | None) -> dict[str, Any]:
     """Train DDP, stage 0 and `stages` on `world_size` ranks. Returns the report that
     `zero-ref compare --json` writes: settings, a dict per system, and the promises that failed."""
     if steps < 2:
@@ -76,7 +80,7 @@ def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
 
     times, losses = [], []
     dist.barrier()
-    counted = loopback_bytes()
+    sent_before = loopback_bytes()
     for x, y in data.batches(task, steps, batch_size, rank, world_size, seed):
         start = time.perf_counter()
         with trace() as sent:
@@ -85,7 +89,9 @@ def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
         losses.append(loss)
         show(f"{label}  loss {loss:.4f}")
     dist.barrier()
-    counted = (loopback_bytes() - counted) / steps / world_size if counted else None
+    sent_after, counted = loopback_bytes(), None
+    if sent_before is not None and sent_after is not None:
+        counted = (sent_after - sent_before) / steps / world_size
 
     # Copied, because the step that measures the peak trains on.
     state = net.state_dict() if system == "DDP" else model.state_dict()
@@ -161,7 +167,7 @@ def _row(system, ranks, reference, world_size, optimizer):
     return row
 
 
-def print_report(report):
+def print_report(report: dict[str, Any]) -> None:
     """The two tables, on stdout."""
     console = Console(width=None if sys.stdout.isatty() else 96, highlight=False)
     n = report["world_size"]
@@ -190,7 +196,7 @@ def print_report(report):
     console.print(result)
     console.print()
     console.print(cost)
-    console.print("Peak: all tensors, also activations and messages under way. It contains one "
+    console.print("Peak: all tensors, also activations and messages in flight. It contains one "
                   f"unit as a whole; the largest has {report['largest_unit']:,} parameters.")
     console.print("Sent, by formula: 2Ψ·(N-1)/N at stages 0, 1, 2 and 3Ψ·(N-1)/N at stage 3, with "
                   "units padded.\n≈: DDP's share of what the kernel counted on the loopback device."

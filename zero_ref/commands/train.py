@@ -3,7 +3,10 @@
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +26,8 @@ OPTIMIZERS = {
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
-def train(task_name, stage, *, steps, batch_size, optimizer, device, seed, data_dir):
+def train(task_name: str, stage: int, *, steps: int, batch_size: int, optimizer: str, device: str,
+          seed: int, data_dir: Path | None) -> dict[str, Any]:
     """Train on this rank, together with the others. Returns what was measured, as a dict.
 
     batch_size: samples per step, all ranks together. device: "cpu" or "cuda".
@@ -64,7 +68,7 @@ def train(task_name, stage, *, steps, batch_size, optimizer, device, seed, data_
 # ---- devices -------------------------------------------------------------------------------------
 
 
-def backend_for(device, ranks_here, backend=None):
+def backend_for(device: str, ranks_here: int, backend: str | None = None) -> str:
     """The backend for `ranks_here` ranks on this machine. Raises ValueError if it cannot work."""
     if device == "cpu":
         if backend not in (None, "gloo"):
@@ -80,7 +84,7 @@ def backend_for(device, ranks_here, backend=None):
     return backend or "nccl"
 
 
-def prepare_device(device):
+def prepare_device(device: str) -> torch.device:
     """This rank's torch.device; ranks share a machine's GPUs if there are fewer."""
     if device == "cpu":
         return torch.device("cpu")
@@ -93,7 +97,8 @@ def prepare_device(device):
     return device
 
 
-def describe(device):
+def describe(device: torch.device) -> str:
+    """"cpu", or the GPU's name."""
     return "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
@@ -101,7 +106,7 @@ def describe(device):
 
 
 @contextmanager
-def progress(steps):
+def progress(steps: int) -> Iterator[Callable[[str], None]]:
     """A bar on rank 0's terminal. Yields a function to call once per step, with a text."""
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("{task.description}")]

@@ -1,13 +1,21 @@
 """Bytes of parameters, gradients and optimizer states per rank: by formula, and as measured."""
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ..engine.precision import MixedPrecision
 
 from ..partition import Layout
 
 
-def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
-                 grad_dtype=torch.float32, optimizer_dtypes=(torch.float32, torch.float32),
-                 mixed_precision=None):
+def model_states(numel: int | list[int], world_size: int, stage: int, *, rank: int = 0,
+                 param_dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype = torch.float32,
+                 optimizer_dtypes: Sequence[torch.dtype] = (torch.float32, torch.float32),
+                 mixed_precision: "MixedPrecision | None" = None) -> dict[str, int]:
     """What one rank keeps between steps, in bytes, as the paper computes it.
 
     numel: the number of parameters Ψ, as in the paper, or for a live model a list of units, each a
@@ -49,7 +57,8 @@ def model_states(numel, world_size, stage, *, rank=0, param_dtype=torch.float32,
     return kept
 
 
-def resident(model, optimizer=None):
+def resident(model: nn.Module,
+             optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
     """The same three sums, measured: the sizes of the storages that are alive, each counted once.
 
     model: what `zero_ref.wrap` returned, or any nn.Module. A wrapped model keeps the memory of its

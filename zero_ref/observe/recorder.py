@@ -12,11 +12,18 @@ alive at that moment; the stages know nothing of it.
 
 import math
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
 
 from . import memory
 from .trace import Event, Trace, recording_into
+
+if TYPE_CHECKING:
+    from ..stage0 import Stage0
 
 # What a rank has of one slice of a unit: a letter each, so that "og  " are four slices.
 OWNED = "o"  # this rank's own, whose optimizer states and updates are its task
@@ -94,7 +101,7 @@ class Recording:
     spans: list[Span] = field(default_factory=list)
 
 
-def layout(model):
+def layout(model: "Stage0") -> list[Layout]:
     """The flat buffers of a wrapped model, as a list of Layouts, which any process may draw."""
     return [Layout(u.name, list(u.names), [tuple(shape) for shape in u.shapes], u.starts,
                    u.numel, u.padded_numel, u.world_size, u.frozen)
@@ -102,7 +109,8 @@ def layout(model):
 
 
 @contextmanager
-def record(model, optimizer=None):
+def record(model: "Stage0",
+           optimizer: torch.optim.Optimizer | None = None) -> Iterator[Recording]:
     """Record this rank's part of what happens inside. Yields a Recording, filled at the end.
 
     model: what `zero_ref.wrap` returned. The optimizer's states exist from its first step on, so
@@ -133,7 +141,7 @@ class _Recorder(Trace):
         super().__init__()
         self.model, self.optimizer, self.recording = model, optimizer, recording
         self.mark = time.monotonic()  # when the last span ended
-        self.started = []  # of units whose forward is running, the innermost last
+        self.started: list[float] = []  # of units whose forward is running, the innermost last
         self.gradients = {}  # unit -> indices of the parameters that backward has come to
 
     def add(self, event):

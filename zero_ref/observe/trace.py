@@ -1,9 +1,11 @@
 """Record every collective that this process issues: `with zero_ref.trace() as t: ...`."""
 
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,14 +50,15 @@ class Trace:
 
 
 @contextmanager
-def trace():
+def trace() -> Iterator[Trace]:
     """Record this process's collectives until the block ends; traces may be nested."""
     with recording_into(Trace()) as recording:
         yield recording
 
 
 @contextmanager
-def recording_into(recording: Trace):
+def recording_into(recording: Trace) -> Iterator[Trace]:
+    """Add to `recording` what this process issues until the block ends."""
     _active.append(recording)
     try:
         yield recording
@@ -63,7 +66,7 @@ def recording_into(recording: Trace):
         _active.remove(recording)
 
 
-def begin(**facts) -> Event | None:
+def begin(**facts: Any) -> Event | None:
     """Called by comm.py when a collective is issued. Returns None while nobody is recording."""
     if not _active:
         return None
@@ -85,7 +88,7 @@ def end(event: Event | None) -> None:
         event.end = time.monotonic()
 
 
-def loopback_bytes():
+def loopback_bytes() -> int | None:
     """Bytes that this machine has sent to itself, as the kernel counts them; None if unknown."""
     try:
         lines = Path("/proc/net/dev").read_text().splitlines()

@@ -9,6 +9,7 @@ import ast
 import linecache
 import sys
 import types
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,12 +21,12 @@ _main = types.ModuleType("__main__")  # of this rank
 _namespace = vars(_main)
 
 
-def load_ipython_extension(shell):
+def load_ipython_extension(shell: Any) -> None:
     """Called by `%load_ext zero_ref`."""
     shell.register_magic_function(_ranks, "cell", "ranks")
 
 
-def fetch(name, world_size):
+def fetch(name: str, world_size: int) -> list[Any]:
     """The values that a variable of `%%ranks` cells has, as a list in rank order. Each number of
     ranks has processes, and so variables, of its own. Raises RankError if there is none."""
     return launch(_value, world_size, name)

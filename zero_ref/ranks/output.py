@@ -3,15 +3,16 @@
 import math
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 
-_PATIENCE = 2.0  # seconds that a line waits for its turn
+_TIMEOUT = 2.0  # seconds that a line waits for its turn
 _cell_is_ours = False
 
 
 @contextmanager
-def owning_the_cell():
+def owning_the_cell() -> Iterator[None]:
     """Inside, all that the notebook's cell shows comes from ranks, so it may be written anew."""
     global _cell_is_ours
     _cell_is_ours = True
@@ -22,7 +23,7 @@ def owning_the_cell():
 
 
 @contextmanager
-def output(world_size):
+def output(world_size: int) -> Iterator["_AsTheyCome"]:
     """Where the launcher puts what the ranks print."""
     lines = _InOrder(world_size) if _in_notebook() else _AsTheyCome()
     try:
@@ -55,10 +56,11 @@ class _InOrder(_AsTheyCome):
     %%ranks cell's output is written anew at the end."""
 
     def __init__(self, world_size):
-        self.of_rank = [[] for _ in range(world_size)]
-        self.waiting = [[] for _ in range(world_size)]  # (when it came, text)
+        self.of_rank: list[list[tuple[int, str]]] = [[] for _ in range(world_size)]
+        # When each line came, and its text.
+        self.waiting: list[list[tuple[float, str]]] = [[] for _ in range(world_size)]
         self.running = set(range(world_size))
-        self.shown = []
+        self.shown: list[tuple[int, str]] = []
 
     def line(self, rank, text):
         self.of_rank[rank].append((rank, text))
@@ -71,7 +73,7 @@ class _InOrder(_AsTheyCome):
 
     def due(self):
         arrivals = [lines[0][0] for lines in self.waiting if lines]
-        when = min(arrivals, default=math.inf) + _PATIENCE
+        when = min(arrivals, default=math.inf) + _TIMEOUT
         if when <= time.monotonic():
             self._show(everything=True)
             return math.inf
@@ -100,14 +102,15 @@ class _InOrder(_AsTheyCome):
 # ---- IPython -------------------------------------------------------------------------------------
 
 
-def name_of_cell(filename):
+def name_of_cell(filename: str) -> str:
     """"Cell In[3]" for the temporary name that IPython gives a cell; others as they are."""
     shell = _shell()
     name = shell and shell.compile.format_code_name(filename)
     return " ".join(name) if name else filename
 
 
-def this_cell():
+def this_cell() -> str:
+    """The name of the cell that is running."""
     frame = sys._getframe()
     while frame.f_back and name_of_cell(frame.f_code.co_filename) == frame.f_code.co_filename:
         frame = frame.f_back

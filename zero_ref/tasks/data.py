@@ -31,7 +31,8 @@ class Task:
     held_out: TensorDataset
 
     @torch.no_grad()
-    def evaluate(self, model, device="cpu", batch_size=256) -> float:
+    def evaluate(self, model: nn.Module, device: torch.device | str = "cpu",
+                 batch_size: int = 256) -> float:
         """The metric on all held-out samples. At stage 3 every rank must call it."""
         model.eval()
         total = 0.0
@@ -46,7 +47,7 @@ class Task:
         return total / len(self.held_out)
 
 
-def load(name, data_dir=None) -> Task:
+def load(name: str, data_dir: Path | str | None = None) -> Task:
     """The task "digits", "mnist" (four IDX files in `data_dir`) or "text".
 
     Raises ValueError for MNIST files that are missing, truncated or not IDX.
@@ -56,7 +57,8 @@ def load(name, data_dir=None) -> Task:
     return TASKS[name](data_dir)
 
 
-def batches(task, steps, batch_size, rank, world_size, seed) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(task: Task, steps: int, batch_size: int, rank: int, world_size: int,
+            seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`steps` batches (x, y) for one rank. The samples of a step, all ranks together, are the same
     whatever the world size; each rank gets batch_size / world_size of them.
 

@@ -2,10 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 
-def cnn(height, width, classes=10):
+def cnn(height: int, width: int, classes: int = 10) -> nn.Sequential:
     """The CNN of many ZeRO tutorials: (batch, 1, height, width) -> log-probabilities.
 
     Each of its four layers with parameters is a unit by default.
@@ -22,14 +22,14 @@ def cnn(height, width, classes=10):
 class Block(nn.Module):
     """A pre-norm transformer block with causal attention: (B, T, width) -> (B, T, width)."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         B, T, width = x.shape
         heads = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, width // self.heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # (B, heads, T, width / heads) each
@@ -44,7 +44,7 @@ class GPT(nn.Module):
     Each block is a unit by default; embeddings, final norm and head belong to the root.
     """
 
-    def __init__(self, vocab, context, width=64, heads=4, layers=2):
+    def __init__(self, vocab: int, context: int, width: int = 64, heads: int = 4, layers: int = 2):
         super().__init__()
         self.token, self.position = nn.Embedding(vocab, width), nn.Embedding(context, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -55,7 +55,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
         self.head.weight = self.token.weight
 
-    def forward(self, ids):
+    def forward(self, ids: Tensor) -> Tensor:
         x = self.token(ids) + self.position(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)

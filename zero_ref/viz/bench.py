@@ -53,7 +53,7 @@ def _ratios(ax, part, names):
 
 def _times(ax, parts):
     x = [part["numel"] / 1e6 for part in parts]
-    by_system = {row["system"]: [] for row in parts[0]["systems"]}
+    by_system: dict[str, list[float]] = {row["system"]: [] for row in parts[0]["systems"]}
     for part in parts:
         for row in part["systems"]:
             by_system[row["system"]].append(row["seconds"] * 1e3)

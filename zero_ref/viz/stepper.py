@@ -269,10 +269,10 @@ class StepDrawing:
     def _update_one(self, moment):
         recordings = self.stages[0]
         frames = [r.frames[moment] for r in recordings]
-        held, sent = self.bars
-        self._set_bars(*held, [[(frame.bytes[kind], colour) for kind, colour in KINDS.items()]
-                               for frame in frames])
-        self._set_bars(*sent, [[(frame.sent, COMMUNICATION)] for frame in frames])
+        (held, held_texts), (sent, sent_texts) = self.bars
+        self._set_bars(held, held_texts, [[(frame.bytes[kind], colour)
+                                           for kind, colour in KINDS.items()] for frame in frames])
+        self._set_bars(sent, sent_texts, [[(frame.sent, COMMUNICATION)] for frame in frames])
         first, last = frames[0], len(recordings[0].frames) - 1
         say = _SAY.get(first.what, first.what + " {unit}").format(unit=first.unit)
         self._set_title(f"Stage {recordings[0].stage}, event {moment} of {last}: {say}")

@@ -70,7 +70,8 @@ def chrome_trace(recordings, path):
         for span in r.spans:
             entries.append(entry(r.rank, "1 computes", f"{span.phase} {span.unit}", span.start,
                                  span.end))
-        free = {}  # kind of collective -> when the last one ended: bars of a thread may not cross
+        # Kind of collective -> when the last one ended: bars of a thread may not cross.
+        free: dict[str, float] = {}
         for event in r.events:
             if event.end is None:
                 continue

@@ -1,0 +1,96 @@
+"""How a failure gets from a rank to the caller: a Failure there, a RankError here."""
+
+import os
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from traceback import StackSummary
+
+import torch
+
+from ..engine import failure
+from .output import name_of_cell
+
+_RUNNERS = os.path.join(os.path.dirname(__file__), "")  # the files around what is launched
+_LIBRARY = (os.path.dirname(torch.__file__), "<frozen")
+
+
+class RankError(RuntimeError):
+    """A rank failed. The text has that rank's traceback and says where the others were.
+
+    rank: the first to fail. kind: the name of its exception's type. reason: its message.
+    """
+
+    def __init__(self, text: str, rank: int, kind: str, reason: str):
+        super().__init__(text)
+        self.rank, self.kind, self.reason = rank, kind, reason
+
+    def _render_traceback_(self):  # in a notebook: the learner's frames, and none of ours
+        return str(self).splitlines()
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or Kernel → Interrupt, while ranks were running. The text says where each was."""
+
+    def _render_traceback_(self):
+        return str(self).splitlines()
+
+
+@dataclass
+class Failure:
+    """An exception as plain data, that any process can read.
+
+    when: `time.monotonic()` seconds. kind: the name of its type. reason: its message. parts: its
+    traceback, as text and frames; see `formatted`.
+    """
+
+    when: float
+    kind: str
+    reason: str
+    parts: Sequence[str | StackSummary] = ()
+
+
+def failure_of(error: BaseException) -> Failure:
+    """On the rank: what the caller is to hear of this exception."""
+    failure.annotate(error)
+    when, kind = time.monotonic(), type(error).__name__
+    try:
+        return Failure(when, kind, str(error), _parts(error))
+    except Exception as another:  # an exception that cannot be shown
+        return Failure(when, kind, f"(its message raised {type(another).__name__})")
+
+
+def formatted(part: str | StackSummary) -> str:
+    """Text as it is, frames with their source lines: these are looked up here, because only the
+    notebook knows what is in its cells."""
+    if isinstance(part, str):
+        return part
+    for frame in part:
+        _ = frame.line
+        frame.filename = name_of_cell(frame.filename)
+    return "".join(traceback.format_list(part)).rstrip()
+
+
+def launched_frames(stack: StackSummary) -> StackSummary:
+    """What lies between the launcher and torch: the frames of the function that was launched."""
+    ours = [frame.filename.startswith(_RUNNERS) for frame in stack]
+    begin = ours.index(True) if True in ours else 0
+    begin = ours.index(False, begin) if False in ours[begin:] else len(stack)
+    end = ours.index(True, begin) if True in ours[begin:] else len(stack)  # it is printing
+    return StackSummary(frame for frame in stack[begin:end]
+                                  if not frame.filename.startswith(_LIBRARY))
+
+
+def _parts(error, seen=()):
+    """The traceback of an exception and of those that led to it, as a list of text and frames."""
+    parts, seen = [], (*seen, error)
+    cause, context = error.__cause__, error.__context__
+    if cause is not None and cause not in seen:
+        parts += [*_parts(cause, seen), "The above was the direct cause of this:"]
+    elif context is not None and not error.__suppress_context__ and context not in seen:
+        parts += [*_parts(context, seen), "While that was handled, this came up:"]
+    frames = StackSummary.extract(traceback.walk_tb(error.__traceback__),
+                                            lookup_lines=False)
+    what = "".join(traceback.format_exception_only(error)).rstrip()
+    return [*parts, "Traceback (most recent call last):", launched_frames(frames), what]
