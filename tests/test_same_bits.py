@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 import toy
+from toy import STAGES
 
 import zero_ref
 from zero_ref import comm
@@ -32,7 +33,7 @@ def test_one_rank_equals_one_process(optimizer):
 
 def test_training_changes_every_trainable_parameter_and_no_frozen_one():
     before = toy.build().state_dict()
-    for after in toy.ranks(toy.run_stages, 3, toy.STAGES)[2]:
+    for after in toy.ranks(toy.run_stages, 3, STAGES)[2]:
         for name, value in after["weights"].items():
             changed = (value != before[name]).all() if value.dim() < 2 else (
                 (value != before[name]).any(dim=1).all())  # every row
@@ -157,7 +158,7 @@ def checkpointed(stage, reentrant):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("stage", toy.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_activation_checkpointing(stage, reentrant):
     plain, events = toy.ranks(checkpointed, 2, stage, None)[0]
     recomputed, events_recomputed = toy.ranks(checkpointed, 2, stage, reentrant)[0]
@@ -186,7 +187,7 @@ def built_in(stage):
         return toy.run(stage, "sgd", clip=(0.5,), toy=PLAIN)
 
 
-@pytest.mark.parametrize("stage", toy.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_with_the_built_in_collectives(stage):
     float64 = {"dtype": torch.float64}
     ours = toy.ranks(toy.run, 3, stage, "sgd", clip=(0.5,), toy=PLAIN, **float64)
