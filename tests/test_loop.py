@@ -16,8 +16,9 @@ PLAIN = {"norm": False}
 
 def compare_with_ddp(loop, world_size=2):
     """`loop(model, loss)` trains; `loss(i)` is one micro-batch's. All stages end with the same bits
-    on all ranks, and in float64 with what torch DDP makes of the same loop. What `loop` returns,
-    learning rates for instance, is compared as well."""
+    on all ranks, and in float64 the last of them with what torch DDP makes of the same loop. What
+    `loop` returns, learning rates for instance, is compared as well. Returns the float64 weights.
+    """
     def run(stage):
         rank = dist.get_rank()
         module = toy.build(rank, **PLAIN)
@@ -29,14 +30,13 @@ def compare_with_ddp(loop, world_size=2):
             return F.cross_entropy(model(x), y)
 
         numbers = loop(model, loss) or []
-        return {"weights": (module if stage == "ddp" else model).state_dict(), "numbers": numbers}
+        return {"weights": (module if stage == "ddp" else model).state_dict(), "losses": numbers}
 
     toy.stages_agree(run, world_size)
-    by_rank = toy.stages_agree(run, world_size, dtype=torch.float64)
-    for stages, ddp in zip(by_rank, toy.ranks(run, world_size, "ddp", dtype=torch.float64)):
-        assert toy.close(stages[0]["weights"], ddp["weights"])
-        for run in stages:
-            assert run["numbers"] == pytest.approx(ddp["numbers"], rel=1e-10)
+    by_rank = toy.ranks(lambda: (run(3), run("ddp")), world_size, dtype=torch.float64)
+    for ours, ddp in by_rank:
+        assert toy.close(ours["weights"], ddp["weights"])
+        assert ours["losses"] == pytest.approx(ddp["losses"], rel=1e-10)
     return by_rank[0][0]["weights"]
 
 
@@ -145,8 +145,8 @@ def one_process(name, options, world_size, steps=3):
 def test_optimizers(name, foreach):
     options = {**ELEMENTWISE[name], "foreach": foreach}
     toy.stages_agree(with_optimizer, 3, name, options)
-    ours = toy.stages_agree(with_optimizer, 3, name, options, dtype=torch.float64)
-    assert toy.close(ours[0][0], toy.in_float64(one_process, name, options, 3))
+    ours = toy.ranks(with_optimizer, 3, 3, name, options, dtype=torch.float64)
+    assert toy.close(ours[0], toy.in_float64(one_process, name, options, 3))
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
@@ -319,7 +319,7 @@ def twice_through_a_graph(stage):
 
 def test_twice_through_a_graph():
     toy.stages_agree(twice_through_a_graph, 2)
-    ours = toy.stages_agree(twice_through_a_graph, 2, dtype=torch.float64)[0][0]
+    ours = toy.ranks(twice_through_a_graph, 2, 3, dtype=torch.float64)[0]
     assert toy.close(ours, toy.in_float64(twice_through_a_graph, None))
 
 
@@ -343,7 +343,7 @@ def penalised(stage):
 
 def test_a_gradient_penalty():
     toy.stages_agree(penalised, 2, stages=(0, 1, 2))
-    ours = toy.stages_agree(penalised, 2, stages=(0, 1, 2), dtype=torch.float64)[0][0]
+    ours = toy.ranks(penalised, 2, 2, dtype=torch.float64)[0]
     assert toy.close(ours, toy.in_float64(penalised, None))
 
 
@@ -403,7 +403,7 @@ def adversaries(stage):
 
 def test_two_models():
     toy.stages_agree(adversaries, 2)
-    ours = toy.stages_agree(adversaries, 2, dtype=torch.float64)[0][0]
+    ours = toy.ranks(adversaries, 2, 3, dtype=torch.float64)[0]
     assert toy.close(ours, toy.in_float64(adversaries, None))
 
 
@@ -438,7 +438,7 @@ def two_in_one_backward(stage):
 
 def test_two_models_in_one_backward_with_a_gradient_that_one_rank_lacks():
     toy.stages_agree(two_in_one_backward, 2)
-    ours = toy.stages_agree(two_in_one_backward, 2, dtype=torch.float64)[0][0]
+    ours = toy.ranks(two_in_one_backward, 2, 3, dtype=torch.float64)[0]
     assert toy.close(ours, toy.in_float64(two_in_one_backward, None))
 
 
