@@ -7,13 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy
+from toy import STAGES
 
 import zero_ref
 from zero_ref import comm, memory
 from zero_ref.commands.compare import _peak_bytes
 from zero_ref.observe.trace import loopback_bytes
 
-STAGES = (0, 1, 2, 3)
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 FP32 = torch.float32.itemsize
 
@@ -104,6 +104,33 @@ def test_peak_of_a_step(world_size, overlap):
     at_rest = memory.model_states([1056] * 12, world_size, 3, optimizer_dtypes=[torch.float32])
     assert peaks[3] < sum(at_rest.values()) + 6 * layer
     assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+
+
+class LowRank(torch.nn.Sequential):
+    """A frozen layer, and a small one to train."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Linear(6, 6), torch.nn.Linear(6, 2), torch.nn.Linear(2, 6))
+        self[0].requires_grad_(False)
+
+
+def most_gathered_in_backward(stage):
+    """How many of eight units were gathered at one time, while gradients arrived."""
+    module = torch.nn.Sequential(*[LowRank() for _ in range(8)])
+    model = zero_ref.wrap(module, stage)
+    counts = []
+    for unit in model.trainable:
+        for p in unit.params:
+            p.register_post_accumulate_grad_hook(lambda _: counts.append(
+                len({u.module for u in model.units if u.gathered})))
+    for _ in range(2):
+        model(torch.ones(4, 6)).square().mean().backward()
+    return max(counts)
+
+
+def test_frozen_parameters_are_let_go_right_after_backward_too():
+    for stages in toy.ranks(lambda: [most_gathered_in_backward(stage) for stage in STAGES], 2):
+        assert stages == [8, 8, 8, 1]
 
 
 # ---- messages ------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """A check that the other tests can fail: break the engine in one place, and a promise breaks."""
 
+from functools import cache
 from unittest import mock
 
 import pytest
 import torch
 import toy
 
-from zero_ref import RankError, comm, memory, partition
+from zero_ref import RankError, comm, memory
 from zero_ref.engine.placeholder import show_in_module
+from zero_ref.partition import Unit
 from zero_ref.stage1 import Stage1
 from zero_ref.stage2 import Stage2
 from zero_ref.stage3 import Stage3
@@ -23,16 +25,22 @@ def broken(patch, *args):
 
 
 def run_broken(patch, stage):
-    return toy.ranks(broken, N, patch, stage, "sgd")
+    return toy.ranks(broken, N, patch, stage, "sgd", dtype=torch.float64)
+
+
+@cache
+def right():
+    return toy.in_float64(toy.single_process, "sgd", world_size=N, toy=PLAIN)
 
 
 def right_weights(run):
-    return toy.close(run["weights"], toy.single_process("sgd", world_size=N, toy=PLAIN))
+    return toy.close(run["weights"], right())
 
 
 def right_bytes(run, stage, moment="after_backward"):
-    expected = memory.model_states(run["sizes"], N, stage)
-    frozen = [4 * -(-n // N) * (1 if stage == 3 else N) for n in run["frozen"]]
+    expected = memory.model_states(run["sizes"], N, stage, param_dtype=torch.float64,
+                                   grad_dtype=torch.float64)
+    frozen = [8 * -(-n // N) * (1 if stage == 3 else N) for n in run["frozen"]]
     expected["parameters"] += sum(frozen)
     return all(run[moment][kind] == expected[kind] for kind in ("parameters", "gradients"))
 
@@ -85,20 +93,21 @@ def test_without_the_gather_after_the_step(stage):
 
 def without_padding():
     """The remainder is dropped where sizes do not divide."""
-    intact = partition.Unit.__init__
+    intact = Unit.__init__
 
     def truncated(self, *args):
         intact(self, *args)
         self.shard_numel = self.numel // N
         self.padded_numel = self.shard_numel * N
-        self.own = slice(self.rank * self.shard_numel, (self.rank + 1) * self.shard_numel)
+        self.own_slice = slice(self.rank * self.shard_numel, (self.rank + 1) * self.shard_numel)
 
-    return mock.patch.object(partition.Unit, "__init__", truncated)
+    return mock.patch.object(Unit, "__init__", truncated)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_without_padding(stage):
-    with pytest.raises(RankError):  # the views do not fit into the buffer
+    # 77 parameters do not fit into 3 slices of 25.
+    with pytest.raises(RankError, match=r"shape '\[11, 7\]' is invalid for input of size 75"):
         run_broken(without_padding, stage)
 
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy
+from toy import STAGES
 
 import zero_ref
 
 pytest.importorskip("transformers", reason="needs the transformers library")
 
-STAGES = (0, 1, 2, 3)
 IDS = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 WIDTHS = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
           "num_attention_heads": 2}
@@ -80,37 +80,26 @@ def train(name, stage, steps=2, optimizer="sgd", **options):
     return model, losses, len(calls)
 
 
-def train_stages(name, stages=STAGES, **options):
-    runs = []
-    for stage in stages:
-        model, losses, calls = train(name, stage, **options)
-        weights = (model.module if stage == "ddp" else model).state_dict()
-        runs.append({"weights": weights, "losses": losses, "calls": calls})
-    return runs
-
-
-def check_stages_agree(name, world_size=2, **options):
-    by_rank = toy.ranks(train_stages, world_size, name, **options)
-    for rank, runs in enumerate(by_rank):
-        for stage, run in zip(STAGES, runs):
-            assert toy.equal(run["weights"], by_rank[0][0]["weights"]), (stage, rank)
-            assert run["losses"] == runs[0]["losses"], (stage, rank)
-    return by_rank[0]
+def trained(stage, name, **options):
+    model, losses, calls = train(name, stage, **options)
+    weights = (model.module if stage == "ddp" else model).state_dict()
+    return {"weights": weights, "losses": losses, "calls": calls}
 
 
 @pytest.mark.parametrize("world_size, by_class", [(2, False), (3, True)])
 @pytest.mark.parametrize("name", MODELS)
 def test_all_stages_equal_each_other_and_torch_ddp(name, world_size, by_class):
     # SGD: the gradient of a key's bias is all rounding, and Adam would make large steps of it.
-    ours = check_stages_agree(name, world_size, by_class=by_class)
-    ddp = toy.ranks(train_stages, world_size, name, ["ddp"])[0][0]
-    assert all(toy.close(run["weights"], ddp["weights"]) for run in ours)
+    toy.stages_agree(trained, world_size, name, by_class=by_class)
+    ours, ddp = toy.ranks(lambda: (trained(3, name, by_class=by_class), trained("ddp", name)),
+                          world_size, dtype=torch.float64)[0]
+    assert toy.close(ours["weights"], ddp["weights"])
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_gradient_checkpointing(name):
-    plain = check_stages_agree(name)
-    for stage, run in enumerate(check_stages_agree(name, checkpointing=True)):
+    plain = toy.stages_agree(trained, 2, name)[0]
+    for stage, run in enumerate(toy.stages_agree(trained, 2, name, checkpointing=True)[0]):
         assert toy.equal(run["weights"], plain[stage]["weights"]), stage
         assert run["calls"] > plain[stage]["calls"]  # or nothing was recomputed
 
@@ -118,8 +107,9 @@ def test_gradient_checkpointing(name):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_mixed_precision(name):
     bf16 = zero_ref.MixedPrecision(torch.bfloat16)
-    mixed = check_stages_agree(name, steps=1, mixed_precision=bf16)[0]
-    full = toy.ranks(train_stages, 2, name, [0], steps=1)[0][0]
+    mixed = toy.stages_agree(trained, 2, name, steps=1, mixed_precision=bf16)[0][0]
+    full = toy.ranks(trained, 2, 0, name, steps=1)[0]
+    # bf16 rounds by 2**-9 at most, which is 0.2 %, and a loss is a mean of many roundings.
     assert mixed["losses"] == pytest.approx(full["losses"], rel=0.01)
     assert not toy.equal(mixed["weights"], full["weights"])  # or it was not mixed
     assert all(w.dtype == full["weights"][k].dtype for k, w in mixed["weights"].items())
@@ -176,10 +166,12 @@ def test_meta_device_gives_every_stage_the_values_that_transformers_would(name):
         value = by_rank[0][0][key]
         if "inv_freq" in key or "position_ids" in key or usual.min() == usual.max():
             assert torch.equal(value, usual), key
-        elif usual.numel() >= 64:  # random: other values, from the same distribution
+        elif usual.numel() >= 64:
+            # Random: other values, from the same distribution. The deviation of 64 of them is
+            # known to 9 %; these depend on seeds, and on no machine.
             assert value.std().item() == pytest.approx(usual.std().item(), rel=0.3), key
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_training_what_was_built_on_the_meta_device(name):
-    check_stages_agree(name, meta=True, optimizer="adamw")
+    toy.stages_agree(trained, 2, name, meta=True, optimizer="adamw")

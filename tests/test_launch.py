@@ -52,11 +52,10 @@ def fail_on_one(rank):
 def test_an_exception_reaches_the_caller_with_its_traceback():
     before = zero_ref.launch(os.getpid, 3)
     start = time.monotonic()
-    with pytest.raises(zero_ref.RankError) as caught:
+    with pytest.raises(zero_ref.RankError, match=r"^rank 1 raised KeyError: 'the cause'") as caught:
         zero_ref.launch(fail_on_one, 3, 1)
     assert time.monotonic() - start < 5
     text = str(caught.value)
-    assert text.startswith("rank 1 raised KeyError: 'the cause'")
     assert "in fail_on_one" in text and 'raise KeyError("the cause")' in text
     for rank in (0, 2):  # these waited, or noticed that rank 1 was gone
         assert f"rank {rank} was still at" in text or f"rank {rank} raised" in text
@@ -82,10 +81,10 @@ def fail_oddly():
 
 
 def test_an_exception_that_cannot_be_pickled_is_reported_with_its_causes():
-    with pytest.raises(zero_ref.RankError) as caught:
+    with pytest.raises(zero_ref.RankError, match="raised Odd: odd") as caught:
         zero_ref.launch(fail_oddly, 2)
     text = str(caught.value)
-    assert "raised Odd: odd" in text and "raise Odd from ValueError" in text
+    assert "raise Odd from ValueError" in text
     assert "ValueError: the direct cause\nThe above was the direct cause of this:" in text
 
 

@@ -1,5 +1,7 @@
 """Training loops that work with torch DDP work at every stage, with the same result."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,19 +9,21 @@ import torch.nn.functional as F
 import toy
 from torch import nn
 from torch.optim import lr_scheduler
+from toy import STAGES
 
 import zero_ref
 
-STAGES = (0, 1, 2, 3)
 PLAIN = {"norm": False}
 
 
-def compare_with_ddp(loop, world_size=2, bits=True, toy_options=PLAIN):
-    """`loop(model, step)` trains; `step(i, model)` is one micro-batch's loss. All stages end with
-    the same weights on all ranks, and close to what torch DDP makes of the same loop."""
+def compare_with_ddp(loop, world_size=2):
+    """`loop(model, loss)` trains; `loss(i)` is one micro-batch's. All stages end with the same bits
+    on all ranks, and in float64 the last of them with what torch DDP makes of the same loop. What
+    `loop` returns, learning rates for instance, is compared as well. Returns the float64 weights.
+    """
     def run(stage):
         rank = dist.get_rank()
-        module = toy.build(rank, **toy_options)
+        module = toy.build(rank, **PLAIN)
         model = (nn.parallel.DistributedDataParallel(module) if stage == "ddp"
                  else zero_ref.wrap(module, stage))
 
@@ -27,16 +31,15 @@ def compare_with_ddp(loop, world_size=2, bits=True, toy_options=PLAIN):
             x, y = toy.batch(i, rank)
             return F.cross_entropy(model(x), y)
 
-        extra = loop(model, loss)
-        return (module if stage == "ddp" else model).state_dict(), extra
+        numbers = loop(model, loss) or []
+        return {"weights": (module if stage == "ddp" else model).state_dict(), "losses": numbers}
 
-    by_rank = toy.ranks(lambda: [run(stage) for stage in ("ddp", *STAGES)], world_size)
-    for (ddp, ddp_extra), *stages in by_rank:
-        for weights, extra in stages:
-            assert toy.close(weights, ddp)
-            assert not bits or toy.equal(weights, by_rank[0][1][0])
-            assert extra == ddp_extra
-    return by_rank[0][1:]
+    toy.stages_agree(run, world_size)
+    by_rank = toy.ranks(lambda: (run(3), run("ddp")), world_size, dtype=torch.float64)
+    for ours, ddp in by_rank:
+        assert toy.close(ours["weights"], ddp["weights"])
+        assert ours["losses"] == pytest.approx(ddp["losses"], rel=1e-10)
+    return by_rank[0][0]["weights"]
 
 
 def original_names(model):
@@ -121,7 +124,8 @@ def with_optimizer(stage, name, options, steps=3):
         opt.step()
         opt.zero_grad()
     steps_counted = {int(s["step"]) for s in opt.state.values() if "step" in s}
-    return model.state_dict(), steps_counted
+    assert steps_counted <= {steps}  # once per step
+    return model.state_dict()
 
 
 def one_process(name, options, world_size, steps=3):
@@ -136,27 +140,26 @@ def one_process(name, options, world_size, steps=3):
     return module.state_dict()
 
 
+# No gradient of this net is zero but for rounding. Rprop would take whole steps by the sign of such
+# a gradient, and Adam or Adagrad by its ratio to itself.
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("name", ELEMENTWISE)
 def test_optimizers(name, foreach):
     options = {**ELEMENTWISE[name], "foreach": foreach}
-    by_rank = toy.ranks(lambda: [with_optimizer(s, name, options) for s in STAGES], 3)
-    reference = by_rank[0][0][0]
-    alone = one_process(name, options, 3)
-    for runs in by_rank:
-        for weights, counted in runs:
-            assert toy.equal(weights, reference)
-            assert counted <= {3}  # once per step
-    assert all(torch.allclose(reference[k], alone[k], rtol=1e-3, atol=1e-3) for k in alone)
+    toy.stages_agree(with_optimizer, 3, name, options)
+    ours = toy.ranks(with_optimizer, 3, 3, name, options, dtype=torch.float64)
+    assert toy.close(ours[0], toy.in_float64(one_process, name, options, 3))
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad"])
 def test_fused_optimizers_agree_within_rounding(name):
+    """Fused kernels round the end of a slice in another way than its middle."""
     options = {"lr": 0.01, "fused": True}
-    runs = toy.ranks(lambda: [with_optimizer(s, name, options) for s in STAGES], 3)[0]
-    plain = toy.ranks(with_optimizer, 3, 0, name, {"lr": 0.01})[0][0]
-    for weights, _ in runs:
-        assert all(torch.allclose(weights[k], plain[k], rtol=1e-4, atol=1e-5) for k in plain)
+    alone = toy.in_float64(one_process, name, options, 3)
+    stages = toy.ranks(lambda: [with_optimizer(stage, name, options) for stage in STAGES], 3,
+                       dtype=torch.float64)[0]
+    for weights in stages:
+        assert toy.close(weights, alone)
 
 
 def test_closures():
@@ -169,7 +172,7 @@ def test_closures():
                 value = loss(i)
                 value.backward()
                 return value
-            values.append(round(opt.step(closure).item(), 4))
+            values.append(opt.step(closure).item())
         return values
 
     compare_with_ddp(loop)
@@ -199,16 +202,19 @@ def accumulate(how, micro=3):
 @pytest.mark.parametrize("how", ["every backward reduces", "no_sync"])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_accumulation(how, world_size):
-    (weights, _), *_ = compare_with_ddp(accumulate(how), world_size)
-    module = toy.build(**PLAIN)  # the big batch, on one process
-    opt = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
-    for step in range(2):
-        parts = [toy.batch(3 * step + part, r) for part in range(3) for r in range(world_size)]
-        x, y = (torch.cat(both) for both in zip(*parts))
-        F.cross_entropy(module(x), y).backward()
-        opt.step()
-        opt.zero_grad()
-    assert toy.close(weights, module.state_dict())
+    def big_batch():
+        module = toy.build(**PLAIN)
+        opt = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+        for step in range(2):
+            parts = [toy.whole_batch(3 * step + part, world_size) for part in range(3)]
+            x, y = (torch.cat(both) for both in zip(*parts))
+            F.cross_entropy(module(x), y).backward()
+            opt.step()
+            opt.zero_grad()
+        return module.state_dict()
+
+    weights = compare_with_ddp(accumulate(how), world_size)
+    assert toy.close(weights, toy.in_float64(big_batch))
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
@@ -247,13 +253,8 @@ def test_no_sync_entered_before_forward_counts_for_backward():
 @pytest.mark.parametrize("norm_type", [1, 2, 3, float("inf")])
 def test_clipping_while_accumulating(norm_type):
     for sync_all in (True, False):
-        by_rank = toy.ranks(toy.run_stages, 3, STAGES, "sgd", 2, 2, (0.1, norm_type), sync_all)
-        reference = by_rank[0][0]
-        assert reference["norms"][0] > 0.1
-        for runs in by_rank:
-            for run in runs:
-                assert all(torch.equal(a, b) for a, b in zip(run["norms"], reference["norms"]))
-                assert toy.equal(run["weights"], reference["weights"], ("norm.",))
+        by_rank = toy.stages_agree(toy.run, 3, "sgd", 2, 2, (0.1, norm_type), sync_all)
+        assert by_rank[0][0]["norms"][0] > 0.1  # or clipping did nothing
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -265,6 +266,40 @@ def test_torchs_own_clipping_of_slices_is_refused(stage):
 
     with pytest.raises(zero_ref.RankError, match=r"use model.clip_grad_norm_\(max_norm\)"):
         toy.ranks(clip, 2)
+
+
+class Skips(nn.Module):
+    """Two units, of which it leaves out the second when it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.units = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(2)])
+        self.skip = False
+
+    def forward(self, x):
+        return self.units[0](x) if self.skip else self.units[1](self.units[0](x))
+
+
+def second_unit_only_inside_no_sync(stage):
+    torch.manual_seed(0)
+    module = Skips()
+    model = module if stage is None else zero_ref.wrap(module, stage)
+    ranks = (0, 1) if stage is None else (dist.get_rank(),)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for module.skip in (False, True):
+            with nullcontext() if module.skip or stage is None else model.no_sync():
+                for rank in ranks:
+                    (model(torch.ones(2, 6) + rank).square().mean() / len(ranks)).backward()
+        opt.step()
+        opt.zero_grad()
+    return model.state_dict()
+
+
+def test_a_parameter_used_only_inside_no_sync():
+    toy.stages_agree(second_unit_only_inside_no_sync, 2)
+    ours = toy.ranks(second_unit_only_inside_no_sync, 2, 3, dtype=torch.float64)[0]
+    assert toy.close(ours, toy.in_float64(second_unit_only_inside_no_sync, None))
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -319,43 +354,73 @@ def twice_through_a_graph(stage):
 
 
 def test_twice_through_a_graph():
-    stages = toy.ranks(lambda: [twice_through_a_graph(stage) for stage in STAGES], 2)[0]
-    assert all(toy.equal(weights, stages[0]) for weights in stages)
-    assert toy.close(stages[0], twice_through_a_graph(None))
+    toy.stages_agree(twice_through_a_graph, 2)
+    ours = toy.ranks(twice_through_a_graph, 2, 3, dtype=torch.float64)[0]
+    assert toy.close(ours, toy.in_float64(twice_through_a_graph, None))
 
 
 def penalised(stage):
     """The gradient with respect to the input is part of the loss."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    model = (nn.parallel.DistributedDataParallel(module) if stage == "ddp"
-             else zero_ref.wrap(module, stage))
+    model = module if stage is None else zero_ref.wrap(module, stage)
+    ranks = (0, 1) if stage is None else (dist.get_rank(),)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     for i in range(2):
-        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * i + dist.get_rank()))
-        out = model(x.requires_grad_())
-        slope, = torch.autograd.grad(out.sum(), x, create_graph=True)
-        (out.square().mean() + slope.square().sum()).backward()
+        for rank in ranks:
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * i + rank))
+            out = model(x.requires_grad_())
+            slope, = torch.autograd.grad(out.sum(), x, create_graph=True)
+            ((out.square().mean() + slope.square().sum()) / len(ranks)).backward()
         opt.step()
         opt.zero_grad()
-    return (module if stage == "ddp" else model).state_dict()
+    return model.state_dict()
 
 
 def test_a_gradient_penalty():
-    stages = toy.ranks(lambda: [penalised(stage) for stage in (0, 1, 2)], 2)[0]
-    assert all(toy.equal(weights, stages[0]) for weights in stages)
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
-    opt = torch.optim.SGD(module.parameters(), lr=0.1)
-    for i in range(2):
-        for rank in range(2):
-            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(10 * i + rank))
-            out = module(x.requires_grad_())
-            slope, = torch.autograd.grad(out.sum(), x, create_graph=True)
-            ((out.square().mean() + slope.square().sum()) / 2).backward()
+    toy.stages_agree(penalised, 2, stages=(0, 1, 2))
+    ours = toy.ranks(penalised, 2, 2, dtype=torch.float64)[0]
+    assert toy.close(ours, toy.in_float64(penalised, None))
+
+
+def two_graphs_at_a_time(stage):
+    """Two forwards, then their backwards, with one in eval between them and one backward twice."""
+    rank = dist.get_rank()
+    model = zero_ref.wrap(toy.build(rank, **PLAIN), stage)
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(2):
+        x, y = toy.batch(2 * step, rank)
+        first = F.cross_entropy(model(x), y)
+        with torch.no_grad():
+            model.eval()(x)
+        x, y = toy.batch(2 * step + 1, rank)
+        second = F.cross_entropy(model.train()(x), y)
+        first.backward()
+        second.backward(retain_graph=step == 0)
+        if step == 0:
+            second.backward()
         opt.step()
-        opt.zero_grad()
-    assert toy.close(stages[0], module.state_dict())
+        opt.zero_grad(set_to_none=step == 0)
+    return model.state_dict()
+
+
+def test_two_forwards_then_two_backwards():
+    toy.stages_agree(two_graphs_at_a_time, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_graph_from_before_the_step_is_refused(stage):
+    def loop():
+        model = zero_ref.wrap(toy.build(**PLAIN), stage)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        x, _ = toy.batch(0, dist.get_rank())
+        first, second = model(x).sum(), model(x).sum()
+        first.backward()
+        opt.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            second.backward()
+
+    toy.ranks(loop, 2)
 
 
 def test_a_gradient_penalty_at_stage_3_is_refused():
@@ -384,12 +449,17 @@ def test_sparse_gradients_are_refused():
 # ---- two models ----------------------------------------------------------------------------------
 
 
+def of_all(models):
+    """One state dict of several models'."""
+    return {f"{i}.{k}": v for i, model in enumerate(models) for k, v in model.state_dict().items()}
+
+
 def adversaries(stage):
     """Two models whose losses run through each other, with an optimizer each."""
     torch.manual_seed(0)
     modules = [nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)),
                nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))]
-    if stage == "one process":
+    if stage is None:
         (maker, critic), ranks = modules, (0, 1)
     else:
         (maker, critic), ranks = [zero_ref.wrap(m, stage) for m in modules], (dist.get_rank(),)
@@ -404,14 +474,13 @@ def adversaries(stage):
             opts[which].step()
             maker.zero_grad()
             critic.zero_grad()
-    return [m.state_dict() for m in (maker, critic)]
+    return of_all((maker, critic))
 
 
 def test_two_models():
-    stages = toy.ranks(lambda: [adversaries(stage) for stage in STAGES], 2)[0]
-    for ours, alone in zip(zip(*stages), adversaries("one process")):
-        assert all(toy.equal(weights, ours[0]) for weights in ours)
-        assert toy.close(ours[0], dict(alone))
+    toy.stages_agree(adversaries, 2)
+    ours = toy.ranks(adversaries, 2, 3, dtype=torch.float64)[0]
+    assert toy.close(ours, toy.in_float64(adversaries, None))
 
 
 class OnRank1(nn.Module):
@@ -440,15 +509,13 @@ def two_in_one_backward(stage):
         for opt in opts:
             opt.step()
             opt.zero_grad()
-    return [dict(m.state_dict()) for m in models]
+    return of_all(models)
 
 
 def test_two_models_in_one_backward_with_a_gradient_that_one_rank_lacks():
-    alone = two_in_one_backward(None)
-    for stages in toy.ranks(lambda: [two_in_one_backward(stage) for stage in STAGES], 2):
-        for models in stages:
-            assert all(toy.close(ours, theirs) for ours, theirs in zip(models, alone))
-            assert all(toy.equal(ours, first) for ours, first in zip(models, stages[0]))
+    toy.stages_agree(two_in_one_backward, 2)
+    ours = toy.ranks(two_in_one_backward, 2, 3, dtype=torch.float64)[0]
+    assert toy.close(ours, toy.in_float64(two_in_one_backward, None))
 
 
 # ---- what reaches behind the engine's back -------------------------------------------------------
@@ -470,13 +537,6 @@ def test_writing_into_the_optimizers_parameters(write):
     compare_with_ddp(loop, 3)
 
 
-def refused(fn, *args):
-    """The sentence with which a rank is refused."""
-    with pytest.raises(RuntimeError) as error:
-        fn(*args)
-    return str(error.value)
-
-
 def moved(stage, how):
     model = zero_ref.wrap(toy.build(**PLAIN), stage)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -486,22 +546,22 @@ def moved(stage, how):
         nn.utils.vector_to_parameters(torch.ones(sizes), model.parameters())
     else:
         model.module.double()
-    return refused(opt.step)
+    with pytest.raises(RuntimeError, match="does not lie in its flat buffer any more"):
+        opt.step()
 
 
 @pytest.mark.parametrize("how, stages", [("vector_to_parameters", STAGES), ("double", (0, 1, 2))])
 def test_moving_what_the_optimizer_or_the_module_holds(how, stages):
-    for sentence in toy.ranks(lambda: [moved(stage, how) for stage in stages], 2)[0]:
-        assert "does not lie in its flat buffer any more" in sentence
+    toy.ranks(lambda: [moved(stage, how) for stage in stages], 2)
 
 
 def test_hooks_that_would_never_run_are_refused():
     def run(stage):
         model = zero_ref.wrap(toy.build(**PLAIN), stage)
-        return refused(next(model.parameters()).register_hook, print)
+        with pytest.raises(RuntimeError, match="would never run"):
+            next(model.parameters()).register_hook(print)
 
-    for sentence in toy.ranks(lambda: [run(stage) for stage in STAGES], 2)[0]:
-        assert "would never run" in sentence
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
 
 
 def test_norms_of_slices_are_refused():
@@ -509,12 +569,13 @@ def test_norms_of_slices_are_refused():
         model = zero_ref.wrap(toy.build(**PLAIN), stage)
         model(toy.batch(0, 0)[0]).sum().backward()
         grad = next(p.grad for p in model.parameters() if p.grad is not None)
-        assert grad.sum().isfinite() and (grad * 2).abs().max() >= 0
-        return [refused(norm) for norm in (
-            grad.norm, grad.detach().norm, grad.data.norm, lambda: torch.linalg.norm(grad))]
+        assert grad.sum().isfinite() and (grad * 2).abs().max() >= 0  # anything else works
+        for norm in (grad.norm, grad.detach().norm, grad.data.norm,
+                     lambda: torch.linalg.norm(grad)):
+            with pytest.raises(RuntimeError, match=r"use model.clip_grad_norm_\(max_norm\)"):
+                norm()
 
-    for sentences in toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], 2)[0]:
-        assert all("use model.clip_grad_norm_(max_norm)" in s for s in sentences)
+    toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], 2)
 
 
 def test_an_embedding_with_max_norm_is_refused():

@@ -5,41 +5,30 @@ from unittest import mock
 import pytest
 import torch
 import toy
+from toy import STAGES
 
 import zero_ref
 from zero_ref import comm
 
-STAGES = (0, 1, 2, 3)
-BUFFERS = ("norm.running", "norm.num")  # BatchNorm's: rank 0's count, as with DDP
-
-
-def check_stages_agree(world_size, *args, **options):
-    by_rank = toy.ranks(toy.run_stages, world_size, STAGES, *args, **options)
-    reference = by_rank[0][0]
-    for stage in STAGES:
-        for rank, runs in enumerate(by_rank):
-            run = runs[stage]
-            skip = () if rank == 0 else BUFFERS
-            assert toy.equal(run["weights"], reference["weights"], skip), (stage, rank)
-            assert run["losses"] == runs[0]["losses"]
-            assert all(torch.equal(a, b) for a, b in zip(run["norms"], reference["norms"]))
-    return by_rank
+PLAIN = {"norm": False}  # BatchNorm sees another batch on one process
 
 
 @pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_all_stages_equal_each_other_torch_ddp_and_one_process(world_size, optimizer):
-    check_stages_agree(world_size, optimizer)
-    plain = {"norm": False}  # BatchNorm sees another batch on one process
-    ours = toy.ranks(toy.run_stages, world_size, STAGES, optimizer, toy=plain)[0]
-    ddp = toy.ranks(toy.torch_ddp, world_size, optimizer, toy=plain)[0]
-    alone = toy.single_process(optimizer, world_size=world_size, toy=plain)
-    for run in ours:
-        assert toy.equal(run["weights"], ours[0]["weights"])
-        assert toy.close(run["weights"], ddp)
-        assert toy.close(run["weights"], alone)
-    if world_size == 1:
-        assert toy.equal(ours[0]["weights"], alone)
+    toy.stages_agree(toy.run, world_size, optimizer)
+    ours = toy.stages_agree(toy.run, world_size, optimizer, toy=PLAIN, dtype=torch.float64)[0][0]
+    ddp = toy.ranks(toy.torch_ddp, world_size, optimizer, toy=PLAIN, dtype=torch.float64)[0]
+    alone = toy.in_float64(toy.single_process, optimizer, world_size=world_size, toy=PLAIN)
+    assert toy.close(ours["weights"], ddp)
+    assert toy.close(ours["weights"], alone)
+
+
+@pytest.mark.parametrize("optimizer", toy.OPTIMIZERS)
+def test_one_rank_equals_one_process(optimizer):
+    alone = toy.single_process(optimizer)
+    for run in toy.stages_agree(toy.run, 1, optimizer)[0]:
+        assert toy.equal(run["weights"], alone)
 
 
 def test_training_changes_every_trainable_parameter_and_no_frozen_one():
@@ -55,16 +44,16 @@ def test_training_changes_every_trainable_parameter_and_no_frozen_one():
 def test_batch_norm_follows_ddp(world_size):
     # SGD: what comes before BatchNorm has shifts whose gradient is all rounding, and Adam would
     # make large steps of it.
-    ours = toy.ranks(toy.run, world_size, 3, "sgd")
-    ddp = toy.ranks(toy.torch_ddp, world_size, "sgd")
+    ours = toy.stages_agree(toy.run, world_size, "sgd", dtype=torch.float64)
+    ddp = toy.ranks(toy.torch_ddp, world_size, "sgd", dtype=torch.float64)
     for mine, theirs in zip(ours, ddp):
-        assert toy.close(mine["weights"], theirs)  # buffers of every rank included
+        assert toy.close(mine[3]["weights"], theirs)  # buffers of every rank included
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_without_overlap(world_size):
-    with_overlap = check_stages_agree(world_size)
-    without = check_stages_agree(world_size, overlap=False)
+    with_overlap = toy.stages_agree(toy.run, world_size)
+    without = toy.stages_agree(toy.run, world_size, overlap=False)
     assert toy.equal(with_overlap[0][0]["weights"], without[0][0]["weights"])
 
 
@@ -79,26 +68,30 @@ def test_without_reshard_after_forward():
     lambda m: isinstance(m, torch.nn.Linear) and m.bias is None,  # the tied head among them
 ])
 def test_any_choice_of_units(units):
-    check_stages_agree(3, units=units)
+    toy.stages_agree(toy.run, 3, units=units)
 
 
 @pytest.mark.parametrize("sync_all", [True, False])
 def test_gradient_accumulation(sync_all):
-    by_rank = check_stages_agree(3, micro=3, sync_all=sync_all, clip=(0.5,))
+    by_rank = toy.stages_agree(toy.run, 3, micro=3, sync_all=sync_all, clip=(0.5,))
     assert by_rank[0][0]["norms"][0] > 0.5  # or clipping did nothing
 
 
 @pytest.mark.parametrize("norm_type", [1, 2, 3, float("inf")])
 def test_clipping_by_the_global_norm(norm_type):
     limit = 1e-3
-    by_rank = check_stages_agree(3, clip=(limit, norm_type), toy={"norm": False})
-    module = toy.build(norm=False)
-    x, y = (torch.cat(both) for both in zip(*(toy.batch(0, rank) for rank in range(3))))
-    torch.nn.functional.cross_entropy(module(x), y).backward()
-    whole = torch.nn.utils.clip_grad_norm_(module.parameters(), limit, norm_type)
-    for run in by_rank[2]:
-        assert torch.allclose(run["norms"][0], whole, rtol=1e-5)
-        assert whole > limit
+    toy.stages_agree(toy.run, 3, clip=(limit, norm_type), toy=PLAIN)
+    ours = toy.stages_agree(toy.run, 3, clip=(limit, norm_type), toy=PLAIN, dtype=torch.float64)
+
+    def alone():
+        module = toy.build(**PLAIN)
+        x, y = toy.whole_batch(0, 3)
+        torch.nn.functional.cross_entropy(module(x), y).backward()
+        return torch.nn.utils.clip_grad_norm_(module.parameters(), limit, norm_type).item()
+
+    whole = toy.in_float64(alone)
+    assert ours[0][0]["norms"][0].item() == pytest.approx(whole, rel=1e-10)
+    assert whole > limit
 
 
 def unused(stage):
@@ -118,13 +111,11 @@ def unused(stage):
 
 
 def test_parameters_without_a_gradient_do_not_hang():
-    reference = toy.ranks(unused, 2, 0)[0]
+    reference = toy.stages_agree(unused, 2)[0][0]
     torch.manual_seed(0)
     initial = {k: torch.nn.Linear(3, 3) for k in ("used", "rank1", "never")}
     assert not torch.equal(reference["rank1.weight"], initial["rank1"].weight)
     assert torch.equal(reference["never.weight"], initial["never"].weight)
-    for stage in (1, 2, 3):
-        assert all(toy.equal(r, reference) for r in toy.ranks(unused, 2, stage))
 
 
 def two_optimizers(stage):
@@ -141,9 +132,7 @@ def two_optimizers(stage):
 
 
 def test_two_optimizers_take_turns():
-    reference = toy.ranks(two_optimizers, 3, 0)[0]
-    for stage in (1, 2, 3):
-        assert toy.equal(toy.ranks(two_optimizers, 3, stage)[0], reference)
+    toy.stages_agree(two_optimizers, 3)
 
 
 def checkpointed(stage, reentrant):
@@ -195,13 +184,14 @@ def built_in(stage):
     with (mock.patch.object(comm, "_on_nccl", lambda flat, group: True),
           mock.patch.object(comm, "_nccl_reduce_scatter", one_by_one(comm._nccl_reduce_scatter)),
           mock.patch.object(comm, "_nccl_all_gather", one_by_one(comm._nccl_all_gather))):
-        return toy.run(stage, "sgd", clip=(0.5,), toy={"norm": False})
+        return toy.run(stage, "sgd", clip=(0.5,), toy=PLAIN)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_with_the_built_in_collectives(stage):
-    ours = toy.ranks(toy.run, 3, stage, "sgd", clip=(0.5,), toy={"norm": False})
-    for run, reference in zip(toy.ranks(built_in, 3, stage), ours):
+    float64 = {"dtype": torch.float64}
+    ours = toy.ranks(toy.run, 3, stage, "sgd", clip=(0.5,), toy=PLAIN, **float64)
+    for run, reference in zip(toy.ranks(built_in, 3, stage, **float64), ours):
         assert toy.close(run["weights"], reference["weights"])
         assert all(event.start <= event.end for event in run["events"])
 

@@ -1,4 +1,8 @@
-"""What the tests train: tiny models with every awkward shape, and a run of a few steps."""
+"""What the tests train: tiny models with every awkward shape, and a run of a few steps; and how the
+results are compared. Two runs of ours have the same bits, in fp32: `stages_agree`, `equal`. What
+others compute is as close as float64 gets, on every machine: `close`."""
+
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -8,6 +12,7 @@ from torch import nn
 import zero_ref
 from zero_ref import memory
 
+STAGES = (0, 1, 2, 3)
 VOCAB, WIDTH, PER_RANK = 11, 7, 4
 
 
@@ -66,6 +71,11 @@ def batch(step, rank):
     return torch.randint(0, VOCAB, (2, PER_RANK), generator=generator).unbind()
 
 
+def whole_batch(step, world_size):
+    """What the ranks have between them."""
+    return [torch.cat(parts) for parts in zip(*(batch(step, r) for r in range(world_size)))]
+
+
 def build(rank=0, **options):
     torch.manual_seed(rank)  # different initial values on every rank
     return Toy(**options)
@@ -110,8 +120,27 @@ def run_stages(stages, *args, **options):
     return [run(stage, *args, **options) for stage in stages]
 
 
-def ranks(fn, world_size, *args, **kwargs):
-    return zero_ref.launch(lambda: fn(*args, **kwargs), world_size)
+@contextmanager
+def new_tensors_in(dtype):
+    """The dtype of what does not say otherwise: new parameters, new data."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def ranks(fn, world_size, *args, dtype=torch.float32, **kwargs):
+    """What `fn` returns on each rank, where its new parameters and data have this dtype."""
+    def on_rank():
+        with new_tensors_in(dtype):
+            return fn(*args, **kwargs)
+
+    return zero_ref.launch(on_rank, world_size)
+
+
+# ---- what others compute -------------------------------------------------------------------------
 
 
 def single_process(optimizer="adam", steps=3, world_size=1, toy=None):
@@ -119,8 +148,7 @@ def single_process(optimizer="adam", steps=3, world_size=1, toy=None):
     module = build(**(toy or {}))
     opt = OPTIMIZERS[optimizer](module.parameters())
     for step in range(steps):
-        parts = [batch(step, rank) for rank in range(world_size)]
-        x, y = (torch.cat(both) for both in zip(*parts))
+        x, y = whole_batch(step, world_size)
         F.cross_entropy(module(x), y).backward()
         opt.step()
         opt.zero_grad()
@@ -140,12 +168,71 @@ def torch_ddp(optimizer="adam", steps=3, toy=None):
     return module.state_dict()
 
 
+def in_float64(fn, *args, **kwargs):
+    """What `fn` returns here, without ranks, when its new parameters and data are in float64."""
+    with new_tensors_in(torch.float64):
+        return fn(*args, **kwargs)
+
+
+# ---- comparisons ---------------------------------------------------------------------------------
+
+LOCAL = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's: each rank's own
+
+
 def equal(a, b, skip=()):
-    """Whether two state dicts have the same keys and the same bits."""
+    """Whether two state dicts have the same keys and, but for names that end so, the same bits."""
     return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) for k in a if not k.startswith(tuple(skip)))
+        torch.equal(a[k], b[k]) for k in a if not k.endswith(tuple(skip)))
 
 
-def close(a, b):
-    return a.keys() == b.keys() and all(
-        torch.allclose(a[k], b[k], rtol=1e-4, atol=1e-6) for k in a)
+def stages_agree(fn, world_size, *args, stages=STAGES, dtype=torch.float32, **kwargs):
+    """Runs fn(stage, …) at all stages, and checks that they end with the same bits on all ranks.
+
+    fn returns the weights, or a dict as `run` does: then the losses, of which every rank has its
+    own, and the norms are compared as well. Returns what fn returned, by rank and stage.
+    """
+    by_rank = ranks(lambda: [fn(stage, *args, **kwargs) for stage in stages], world_size,
+                    dtype=dtype)
+    first = _results(by_rank[0][0])
+    assert first["weights"]
+    for rank, runs in enumerate(by_rank):
+        own = _results(runs[0])
+        for stage, run in zip(stages, map(_results, runs)):
+            assert equal(run["weights"], first["weights"], LOCAL), (stage, rank)
+            assert equal(run["weights"], own["weights"]), (stage, rank)
+            assert run["losses"] == own["losses"], (stage, rank)
+            assert run["norms"] == first["norms"], (stage, rank)
+    return by_rank
+
+
+def _results(run):
+    if "weights" not in run:
+        run = {"weights": run}
+    numbers = {kind: list(map(float, run.get(kind, ()))) for kind in ("losses", "norms")}
+    return {"weights": run["weights"], **numbers}
+
+
+def close(ours, reference, within=1e-10):
+    """Whether each tensor of `ours` differs from the reference's by at most this share of its
+    largest value. Rounding in float64 stays far below 1e-10, and a mistake far above.
+
+    Where the reference is zero but for rounding, the largest value of all counts.
+    """
+    if ours.keys() != reference.keys():
+        return False
+    floats = {k: v for k, v in reference.items() if v.is_floating_point() and v.numel()}
+    # In fp32 the result would depend on the machine: who has to allow for that says how much.
+    assert within > 1e-10 or all(v.dtype == torch.float64 for v in floats.values())
+    size = {k: v.abs().max().item() for k, v in floats.items()}
+    for name, theirs in reference.items():
+        mine = ours[name]
+        if (mine.shape, mine.dtype) != (theirs.shape, theirs.dtype):
+            return False
+        if name not in floats:
+            if not torch.equal(mine, theirs):
+                return False
+            continue
+        scale = max(size.values()) if size[name] <= within * max(size.values()) else size[name]
+        if not (mine - theirs).abs().max() <= within * scale:  # nor is a NaN close to anything
+            return False
+    return True
