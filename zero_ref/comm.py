@@ -23,6 +23,7 @@ the generator while the caller computes, is in engine/transport.py.
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from torch import Tensor
 from .engine import check, transport
 from .observe import trace
 
-Buffers = Tensor | Sequence[Tensor]
+Buffers: TypeAlias = Tensor | Sequence[Tensor]
 _CACHED = 1 << 16  # elements that are added up at a time: 256 kB in fp32
 
 
@@ -125,10 +126,11 @@ def _all_reduce(flats, group, divide_by):
 def _sum(parts, out, divide_by):
     """out = (parts[0] + parts[1] + …) / divide_by, from left to right. The parts are used up.
 
-    Piece by piece, each small enough to stay in the processor's cache from one operation to the
-    next. `out` may be one of the parts: what it held has been added when it is written to.
+    On a CPU piece by piece, each small enough to stay in its cache from one operation to the next.
+    `out` may be one of the parts: what it held has been added when it is written to.
     """
-    for *pieces, result in zip(*[part.split(_CACHED) for part in (*parts, out)]):
+    size = _CACHED if out.device.type == "cpu" else max(out.numel(), 1)
+    for *pieces, result in zip(*[part.split(size) for part in (*parts, out)]):
         total = pieces[0]
         for piece in pieces[1:]:
             total = torch.add(total, piece, out=total if piece is not pieces[-1] else result)

@@ -29,7 +29,8 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import comm, wrap
+from .. import wrap
+from ..engine import transport
 from ..observe import memory
 from ..observe.trace import loopback_bytes
 from ..ranks.pool import Pool
@@ -356,8 +357,8 @@ def overhead(world_size: int, units: int = 64, steps: int = 30) -> dict[int, flo
 
         return call
 
-    comm._nccl_all_gather = timed(comm._nccl_all_gather)
-    comm._nccl_reduce_scatter = timed(comm._nccl_reduce_scatter)
+    transport._built_in_all_gather = timed(transport._built_in_all_gather)
+    dist.all_to_all_single = timed(dist.all_to_all_single)
 
     def seconds(stage):
         nonlocal in_backend

@@ -48,7 +48,7 @@ def compare(task: str, stages: Sequence[int], world_size: int, *, steps: int, ba
               for promise, holds in row["promises"].items() if not holds]
     return {"task": task, "world_size": world_size, **settings, "device": ranks[0]["device"],
             "torch": torch.__version__, "metric": ranks[0]["metric"],
-            "parameters": rows[0]["numel"], "largest_unit": max(ranks[0]["unit_numels"]),
+            "parameters": rows[0]["numel"], "largest_unit": max(map(sum, ranks[0]["unit_sizes"])),
             "systems": rows, "failed_promises": failed}
 
 
@@ -99,7 +99,7 @@ def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
     digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
     result = {
         "numel": sum(p.numel() for p in task.build().parameters()),
-        "unit_numels": [u.numel for u in model.units] if system != "DDP" else None,
+        "unit_sizes": [u.sizes for u in model.units] if system != "DDP" else None,
         "loss": losses[-1], "metric": task.metric, "held_out": task.evaluate(model, device),
         "device": describe(device), "digest": digest, "weights": weights if rank == 0 else None,
         "resident": held, "sent": sent.wire_bytes() if system != "DDP" else None,
@@ -148,7 +148,7 @@ def _row(system, ranks, reference, world_size, optimizer):
         "seconds_per_step": first["seconds"], "promises": {},
     }
     stage = 0 if system == "DDP" else system
-    sizes = first["unit_numels"] or first["numel"]
+    sizes = first["unit_sizes"] or first["numel"]
     states = (torch.float32,) * STATES[optimizer]
     formulas = [memory.model_states(sizes, world_size, stage, rank=rank, optimizer_dtypes=states)
                 for rank in range(world_size)]

@@ -98,7 +98,8 @@ def _others(group):
 
 # ---- while the caller computes -------------------------------------------------------------------
 
-_lanes: dict[tuple, "Lane | torch.cuda.Stream"] = {}
+_lanes: dict[tuple, "Lane"] = {}
+_streams: dict[tuple, torch.cuda.Stream] = {}
 
 
 def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[], object]:
@@ -111,12 +112,12 @@ def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[],
     if device.type != "cuda":
         _run(steps)
         return lambda: None
-    if key not in _lanes:
-        _lanes[key] = torch.cuda.Stream(device)
-    _lanes[key].wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(_lanes[key]):
+    if key not in _streams:
+        _streams[key] = torch.cuda.Stream(device)
+    _streams[key].wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(_streams[key]):
         _run(steps)
-    done = _lanes[key].record_event()
+    done = _streams[key].record_event()
     return lambda: torch.cuda.current_stream(device).wait_event(done)
 
 
@@ -132,11 +133,11 @@ class Lane(threading.Thread):
 
     def __init__(self):
         super().__init__(name="zero_ref.comm", daemon=True)
-        self._line: queue.SimpleQueue = queue.SimpleQueue()
+        self._line = queue.SimpleQueue()
         self.start()
 
     def issue(self, steps: Iterator) -> Future:
-        done: Future = Future()
+        done = Future()
         self._line.put((steps, done))
         return done
 

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 from ..partition import Layout
 
 
-def model_states(numel: int | list[int], world_size: int, stage: int, *, rank: int = 0,
-                 param_dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype = torch.float32,
+def model_states(numel: float | Sequence[Sequence[int]], world_size: int, stage: int, *,
+                 rank: int = 0, param_dtype: torch.dtype = torch.float32,
+                 grad_dtype: torch.dtype = torch.float32,
                  optimizer_dtypes: Sequence[torch.dtype] = (torch.float32, torch.float32),
                  mixed_precision: "MixedPrecision | None" = None) -> dict[str, int]:
     """What one rank keeps between steps, in bytes, as the paper computes it.
@@ -39,7 +40,7 @@ def model_states(numel: int | list[int], world_size: int, stage: int, *, rank: i
         raise ValueError(f"rank={rank}, world_size={world_size}: must be 0 <= rank < world_size")
     if mixed_precision is not None:
         param_dtype, grad_dtype = mixed_precision.param_dtype, mixed_precision.reduce_dtype
-    if isinstance(numel, list | tuple):
+    if not isinstance(numel, int | float):
         narrowest = min(dtype.itemsize for dtype in (torch.float32, param_dtype, grad_dtype))
         units = [Layout(sizes, world_size, narrowest) for sizes in numel]
         full, own = sum(u.padded_numel for u in units), sum(u.shard_numel for u in units)
