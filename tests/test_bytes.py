@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy
-from toy import STAGES
+from toy import STAGES, padded
 
 import zero_ref
 from zero_ref import comm, memory
@@ -16,10 +16,6 @@ from zero_ref.observe.trace import loopback_bytes
 
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
 FP32 = torch.float32.itemsize
-
-
-def padded(sizes, world_size):
-    return sum(-(-n // world_size) * world_size for n in sizes)
 
 
 # ---- at rest and after backward ------------------------------------------------------------------
@@ -60,7 +56,7 @@ def most_during_a_step(stage, overlap):
     tensors, with a batch of one sample."""
     torch.manual_seed(0)
     module = Deep()
-    model = zero_ref.wrap(module, stage, overlap=overlap)
+    model = zero_ref.wrap(module, stage, overlap=overlap, bucket_cap_mb=0)
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     seen = []
 
@@ -85,7 +81,7 @@ def most_during_a_step(stage, overlap):
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_peak_of_a_step(world_size, overlap):
-    layer = padded([1056], world_size) * FP32
+    layer = padded([[1024, 32]], world_size) * FP32
     whole = 12 * layer
     most, peaks = zip(*(toy.ranks(most_during_a_step, world_size, stage, overlap)[0]
                         for stage in STAGES))
@@ -101,7 +97,8 @@ def test_peak_of_a_step(world_size, overlap):
         assert layer < most[stage]["gradients"] <= whole // world_size + (2 + overlap) * layer
     # Everything that is allocated, messages under way included: what a stage saves is not spent
     # elsewhere. Six layers is what may be under way at one time.
-    at_rest = memory.model_states([1056] * 12, world_size, 3, optimizer_dtypes=[torch.float32])
+    at_rest = memory.model_states([[1024, 32]] * 12, world_size, 3,
+                                  optimizer_dtypes=[torch.float32])
     assert peaks[3] < sum(at_rest.values()) + 6 * layer
     assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
 
@@ -170,8 +167,8 @@ def sequence_at_stage_3(overlap):
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_collectives_of_a_step_and_their_order(overlap):
-    for rank, runs in enumerate(toy.ranks(toy.run_stages, 2, STAGES, overlap=overlap,
-                                          toy={"norm": False, "frozen": False})):
+    options = {"overlap": overlap, "bucket_cap_mb": 0, "toy": {"norm": False, "frozen": False}}
+    for rank, runs in enumerate(toy.ranks(toy.run_stages, 2, STAGES, **options)):
         for stage, run in zip(STAGES, runs):
             expected = SEQUENCES.get(stage) or sequence_at_stage_3(overlap)
             assert [(e.op, e.unit, e.phase) for e in run["events"]] == expected
@@ -181,9 +178,53 @@ def test_collectives_of_a_step_and_their_order(overlap):
 
 
 def test_frozen_parameters_are_gathered_and_never_reduced():
-    run = toy.ranks(toy.run, 2, 3, toy={"norm": False})[0]
+    run = toy.ranks(toy.run, 2, 3, toy={"norm": False}, bucket_cap_mb=0)[0]
     frozen = [(e.op, e.phase) for e in run["events"] if e.unit == "blocks.3 (frozen)"]
     assert frozen == [("all_gather", "forward"), ("all_gather", "backward")]
+
+
+def together(*units):
+    return "+".join(units)
+
+
+def test_neighbours_share_messages():
+    """Of the same bytes in all. A weight that is frozen is gathered with the others."""
+    plain, unbucketed = {"norm": False}, {"bucket_cap_mb": 0}
+    for stage in STAGES:
+        run = toy.ranks(toy.run, 3, stage, toy=plain, bucket_cap_mb=1)[0]
+        alone = toy.ranks(toy.run, 3, stage, toy=plain, **unbucketed)[0]
+        assert toy.equal(run["weights"], alone["weights"])
+        assert run["wire_bytes"] == alone["wire_bytes"]
+        gathered = together(*UNITS, "blocks.3 (frozen)")
+        assert [(e.op, e.unit, e.phase) for e in run["events"]] == {
+            0: [("all_reduce", together(*UNITS), "backward")],
+            1: [("reduce_scatter", together(*UNITS), "backward"),
+                ("all_gather", together(*UNITS), "step")],
+            2: [("reduce_scatter", together(*UNITS), "backward"),
+                ("all_gather", together(*UNITS), "step")],
+            3: [("all_gather", gathered, "forward"), ("all_gather", gathered, "backward"),
+                ("reduce_scatter", together(*UNITS), "backward")],
+        }[stage]
+
+
+def used_again(cap):
+    """The first unit runs once more after the second one."""
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    module = torch.nn.ModuleList([first, second])
+    module.forward = lambda x: first(second(first(x)))
+    model = zero_ref.wrap(module, 3, bucket_cap_mb=cap)
+    for _ in range(2):
+        with zero_ref.trace() as t:
+            model(torch.ones(1, 4)).sum().backward()
+    return [e.unit for e in t.events], t.wire_bytes()
+
+
+def test_a_unit_that_is_needed_again_is_gathered_alone():
+    alone, alone_bytes = toy.ranks(used_again, 2, 0)[0]
+    assert alone == ["0", "1", "0", "0", "1", "1", "0"]  # forward, backward, reductions
+    units, sent = toy.ranks(used_again, 2, 1)[0]
+    assert units == ["0+1", "0", "0+1", "0+1"] and sent == alone_bytes
 
 
 def test_buffers_are_broadcast_before_a_training_forward():

@@ -9,7 +9,7 @@ import toy
 
 from zero_ref import RankError, comm, memory
 from zero_ref.engine.placeholder import show_in_module
-from zero_ref.partition import Unit
+from zero_ref.partition import Layout
 from zero_ref.stage1 import Stage1
 from zero_ref.stage2 import Stage2
 from zero_ref.stage3 import Stage3
@@ -21,7 +21,7 @@ PLAIN = {"norm": False}
 def broken(patch, *args):
     """toy.run on a rank, with the engine patched there."""
     with patch():
-        return toy.run(*args, toy=PLAIN)
+        return toy.run(*args, toy=PLAIN, bucket_cap_mb=0)
 
 
 def run_broken(patch, stage):
@@ -40,8 +40,7 @@ def right_weights(run):
 def right_bytes(run, stage, moment="after_backward"):
     expected = memory.model_states(run["sizes"], N, stage, param_dtype=torch.float64,
                                    grad_dtype=torch.float64)
-    frozen = [8 * -(-n // N) * (1 if stage == 3 else N) for n in run["frozen"]]
-    expected["parameters"] += sum(frozen)
+    expected["parameters"] += 8 * toy.padded(run["frozen"], N, 8) // (N if stage == 3 else 1)
     return all(run[moment][kind] == expected[kind] for kind in ("parameters", "gradients"))
 
 
@@ -69,12 +68,14 @@ def without_one_reduction():
     intact = comm._reduce_scatter
     calls = []
 
-    def skip_second(out, flat, recv, group, divide_by, *op):
+    def skip_second(outs, flats, group, divide_by, op):
         calls.append(1)
         if len(calls) != 2:
-            return intact(out, flat, recv, group, divide_by, *op)
-        own = comm._slices(flat, group)[comm.dist.get_rank(group)]
-        return comm.Handle([], lambda: torch.div(own, divide_by, out=out))
+            yield from intact(outs, flats, group, divide_by, op)
+            return
+        yield []  # nothing to wait for
+        for out, flat in zip(outs, flats):
+            torch.div(comm.own_slice(flat, group), divide_by, out=out)
 
     return mock.patch.object(comm, "_reduce_scatter", skip_second)
 
@@ -93,15 +94,14 @@ def test_without_the_gather_after_the_step(stage):
 
 def without_padding():
     """The remainder is dropped where sizes do not divide."""
-    intact = Unit.__init__
+    intact = Layout.__init__
 
     def truncated(self, *args):
         intact(self, *args)
         self.shard_numel = self.numel // N
         self.padded_numel = self.shard_numel * N
-        self.own_slice = slice(self.rank * self.shard_numel, (self.rank + 1) * self.shard_numel)
 
-    return mock.patch.object(Unit, "__init__", truncated)
+    return mock.patch.object(Layout, "__init__", truncated)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -113,7 +113,10 @@ def test_without_padding(stage):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_without_freeing_gradients(stage):
-    runs = run_broken(lambda: mock.patch.object(Stage2, "_reduce", Stage1._reduce), stage)
+    def keep():
+        return mock.patch.object(Stage2, "_reduce_into", Stage1._reduce_into)
+
+    runs = run_broken(keep, stage)
     assert all(right_weights(run) for run in runs)  # nothing but memory can tell
     assert not any(right_bytes(run, stage) for run in runs)
 

@@ -72,7 +72,7 @@ class BrokenData(Dataset):
 def test_an_exception_on_one_rank_ends_all_and_names_the_unit(stage, where):
     def train():
         net = build()
-        model = zero_ref.wrap(net, stage)
+        model = zero_ref.wrap(net, stage, bucket_cap_mb=0)
         if dist.get_rank() == 1:
             net[2].fail = where
         model(data(0)).sum().backward()
@@ -157,7 +157,7 @@ def diverge(stage, how, patience=2.0, from_env=False):
     torch.manual_seed(0)
     net = nn.Sequential(Branch(), nn.Linear(WIDTH, WIDTH))
     with mock.patch.dict(os.environ, {"ZERO_REF_CHECK": "1"} if from_env else {}):
-        model = zero_ref.wrap(net, stage, units=nn.Linear, check=not from_env)
+        model = zero_ref.wrap(net, stage, units=nn.Linear, check=not from_env, bucket_cap_mb=0)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     with mock.patch.object(check, "patience", lambda: patience):
         for i in range(2 + (how == "one turn more" and rank == 1)):

@@ -50,15 +50,17 @@ def test_by_kind():
 
 
 def test_padding_is_counted_where_it_exists():
-    # Units of 10 and 1 on 4 ranks: slices of 3 and 1. Rank 3 owns 10 - 9 = 1 and nothing.
+    # Parameters of 10 and 3 elements lie at 0 and 12, and one of 1 in another unit. On 2 ranks the
+    # slices have 8 and 4: rank 1 owns 2 + 3 elements of the first unit and none of the second.
     def states(rank, stage):
-        return memory.model_states([10, 1], 4, stage, rank=rank, optimizer_dtypes=[torch.float32])
+        return memory.model_states([[10, 3], [1]], 2, stage, rank=rank,
+                                   optimizer_dtypes=[torch.float32])
 
-    assert states(0, 0) == {"parameters": 64, "gradients": 64, "optimizer": 44}
-    assert states(0, 3) == {"parameters": 16, "gradients": 16, "optimizer": 16}
-    assert states(3, 3) == {"parameters": 16, "gradients": 16, "optimizer": 4}
+    assert states(0, 0) == {"parameters": 96, "gradients": 96, "optimizer": 56}
+    assert states(0, 3) == {"parameters": 48, "gradients": 48, "optimizer": 36}
+    assert states(1, 3) == {"parameters": 48, "gradients": 48, "optimizer": 20}
     for stage in (1, 2, 3):
-        assert sum(states(rank, stage)["optimizer"] for rank in range(4)) == 44
+        assert sum(states(rank, stage)["optimizer"] for rank in range(2)) == 56
 
 
 @pytest.mark.parametrize("arguments", [(10, 0, 1), (10, 2, 4), (10, 2, -1)])

@@ -227,7 +227,7 @@ def test_collectives_per_step(micro, sync_all):
     reduces = micro if sync_all else 1
     expected = {0: 2 * reduces, 1: reduces + 1, 2: reduces + 1, 3: 2 * micro + reduces}
     for stage, run in zip(STAGES, runs):
-        padded = sum(-(-n // 3) * 3 for n in run["sizes"])
+        padded = toy.padded(run["sizes"], 3)
         assert run["wire_bytes"] == expected[stage] * 4 * padded * 2 // 3
 
 

@@ -117,7 +117,7 @@ def peak_while_building(world_size_and_stage):
         if event.name() == "[memory]":
             alive += event.nbytes()
             most = max(most, alive)
-    unit = (width * width + width) * 4
+    unit = 4 * toy.padded([[width * width, width]], dist.get_world_size())
     return most, memory.resident(model)["parameters"], unit, layers
 
 

@@ -3,6 +3,7 @@ results are compared. Two runs of ours have the same bits, in fp32: `stages_agre
 others compute is as close as float64 gets, on every machine: `close`."""
 
 from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,7 @@ from torch import nn
 
 import zero_ref
 from zero_ref import memory
+from zero_ref.partition import Layout
 
 STAGES = (0, 1, 2, 3)
 VOCAB, WIDTH, PER_RANK = 11, 7, 4
@@ -110,9 +112,14 @@ def run(stage, optimizer="adam", steps=3, micro=1, clip=None, sync_all=True, toy
         "weights": model.state_dict(), "losses": losses, "norms": norms, "events": events,
         "wire_bytes": t.wire_bytes(), "after_backward": after_backward,
         "at_rest": memory.resident(model, opt),
-        "sizes": [u.numel for u in model.units if not u.frozen],
-        "frozen": [u.numel for u in model.units if u.frozen],
+        "sizes": [u.sizes for u in model.units if not u.frozen],
+        "frozen": [u.sizes for u in model.units if u.frozen],
     }
+
+
+def padded(sizes, world_size, itemsize=4):
+    """Elements of the flat buffers of units whose parameters have these sizes."""
+    return sum(Layout(unit, world_size, itemsize).padded_numel for unit in sizes)
 
 
 def run_stages(stages, *args, **options):
@@ -132,11 +139,20 @@ def new_tensors_in(dtype):
 
 
 def ranks(fn, world_size, *args, dtype=torch.float32, **kwargs):
-    """What `fn` returns on each rank, where its new parameters and data have this dtype."""
+    """What `fn` returns on each rank, where its new parameters and data have this dtype.
+
+    Where it does not say otherwise, half of all models have a message per unit and the other half
+    buckets: by stage and world size, so that each stage is tried both ways.
+    """
+    def wrap(module, stage, **options):
+        cap = (stage + world_size) % 2 if stage in STAGES else 1
+        return unpatched(module, stage, **{"bucket_cap_mb": cap, **options})
+
     def on_rank():
-        with new_tensors_in(dtype):
+        with new_tensors_in(dtype), mock.patch.object(zero_ref, "wrap", wrap):
             return fn(*args, **kwargs)
 
+    unpatched = zero_ref.wrap
     return zero_ref.launch(on_rank, world_size)
 
 

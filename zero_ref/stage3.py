@@ -226,7 +226,7 @@ class Stage3(Stage2):
             self._reshard(unit)
             show_in_module(unit, unit.params)
         else:
-            self._unshard(self._bucket_of[unit], "full_params")
+            self._unshard([unit], "full_params")
             self._wait_for_unshard(unit)
         return super()._pin(unit)
 

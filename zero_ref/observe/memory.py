@@ -41,7 +41,7 @@ def model_states(numel: float | Sequence[Sequence[int]], world_size: int, stage:
     if mixed_precision is not None:
         param_dtype, grad_dtype = mixed_precision.param_dtype, mixed_precision.reduce_dtype
     if not isinstance(numel, int | float):
-        narrowest = min(dtype.itemsize for dtype in (torch.float32, param_dtype, grad_dtype))
+        narrowest = min(param_dtype.itemsize, grad_dtype.itemsize)
         units = [Layout(sizes, world_size, narrowest) for sizes in numel]
         full, own = sum(u.padded_numel for u in units), sum(u.shard_numel for u in units)
         updated = sum(u.numel if stage == 0 else u.owned_numel(rank) for u in units)
