@@ -175,8 +175,11 @@ class Done:
 def built_in(stage):
     """toy.run with the built-in collectives, as on NCCL: here gloo's, one finished before the next,
     which is what NCCL's stream does."""
+    called = []
+
     def one_by_one(collective):
         def call(*args, async_op, **kwargs):
+            called.append(collective)
             collective(*args, **kwargs)
             return Done()
         return call
@@ -184,7 +187,9 @@ def built_in(stage):
     with (mock.patch.object(comm, "_on_nccl", lambda flat, group: True),
           mock.patch.object(comm, "_nccl_reduce_scatter", one_by_one(comm._nccl_reduce_scatter)),
           mock.patch.object(comm, "_nccl_all_gather", one_by_one(comm._nccl_all_gather))):
-        return toy.run(stage, "sgd", clip=(0.5,), toy=PLAIN)
+        run = toy.run(stage, "sgd", clip=(0.5,), toy=PLAIN)
+    assert called
+    return run
 
 
 @pytest.mark.parametrize("stage", STAGES)
