@@ -1,5 +1,6 @@
 # make lab           opens the course, the notebooks, in JupyterLab
 # make compare       the main job: all stages side by side on real data
+# make quick         after each edit, half a minute: ruff, mypy, tests without ranks, a few with them
 # make test          all checks: ruff, mypy, pytest, and the notebooks once more
 # make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
 # make notebooks     runs all notebooks and keeps what they print and show
@@ -11,10 +12,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: compare test bench scale figures lab notebooks test-browser clean
+.PHONY: compare quick test bench scale figures lab notebooks test-browser clean
 
 compare: .venv/.installed
 	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
+
+# All stages on two ranks: same bits, bytes, and one input that is refused.
+QUICK := tests/test_arithmetic.py tests/test_formula.py tests/test_data.py \
+    tests/test_notebooks.py \
+    "tests/test_same_bits.py::test_all_stages_equal_each_other_torch_ddp_and_one_process[2-adam]" \
+    "tests/test_bytes.py::test_resident_bytes_are_those_of_the_formula[2-adam]" \
+    "tests/test_bytes.py::test_bytes_sent_are_those_of_the_formula[2]" \
+    tests/test_bad_input.py::test_a_mistake_on_one_rank_is_an_error_on_all
+
+quick: .venv/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest $(QUICK) $(ARGS)
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .

@@ -11,11 +11,12 @@ import zero_ref
 
 def test_a_backend_by_device():
     def run():
-        return toy.run_stages(STAGES)
+        return dist.get_backend_config(), toy.run_stages(STAGES)
 
     ours = toy.ranks(run, 3)
     by_device = zero_ref.launch(run, 3, backend="cpu:gloo")
-    for a, b in zip(ours, by_device):
+    for (config, a), (config_by_device, b) in zip(ours, by_device):
+        assert config_by_device == "cpu:gloo" != config
         assert all(toy.equal(x["weights"], y["weights"]) for x, y in zip(a, b))
         assert all(x["wire_bytes"] == y["wire_bytes"] for x, y in zip(a, b))
 

@@ -49,7 +49,7 @@ def original_names(model):
 
 
 def no_decay(model):
-    """Two groups by name, an empty one, and one whose parameters are all frozen."""
+    """Two groups by name, and an empty one between them."""
     named = original_names(model)
     return [
         {"params": [p for n, p in named if "bias" not in n], "weight_decay": 0.1, "lr": 0.05},
@@ -569,7 +569,7 @@ def test_norms_of_slices_are_refused():
         model = zero_ref.wrap(toy.build(**PLAIN), stage)
         model(toy.batch(0, 0)[0]).sum().backward()
         grad = next(p.grad for p in model.parameters() if p.grad is not None)
-        assert grad.sum().isfinite() and (grad * 2).abs().max() >= 0  # anything else works
+        assert torch.equal(grad * 2 - grad, grad) and grad.abs().max() > 0  # anything else works
         for norm in (grad.norm, grad.detach().norm, grad.data.norm,
                      lambda: torch.linalg.norm(grad)):
             with pytest.raises(RuntimeError, match=r"use model.clip_grad_norm_\(max_norm\)"):

@@ -631,25 +631,36 @@ def test_a_parameter_read_outside_its_unit():
 # ---- torch.compile -------------------------------------------------------------------------------
 
 
+def compile_layer(module):
+    if isinstance(module, Layer):
+        module.compile(backend="aot_eager")
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_compiled_units(stage):
     """Compiled before or after wrapping, one by one, with a backend that needs no C++ compiler."""
-    def run(compiled):
+    def run(when):
+        torch.compiler.reset()  # nothing is compiled yet
         torch.manual_seed(0)
         net = Stack([Layer(), Layer()])
-        if compiled:
-            for layer in net.layers:
-                layer.compile(backend="aot_eager")
+        if when == "before":
+            net.layers.apply(compile_layer)
         model = zero_ref.wrap(net, stage)
+        if when == "after":
+            net.layers.apply(compile_layer)
+        frames = torch._dynamo.utils.counters["frames"]
+        compiled_before = frames["ok"]
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
         for step in range(2):
             model(data(step, dist.get_rank())).square().mean().backward()
             opt.step()
             opt.zero_grad()
+        assert (frames["ok"] > compiled_before) == (when is not None)
         return model.state_dict()
 
-    plain, compiled = toy.ranks(lambda: [run(False), run(True)], 2, dtype=torch.float64)[0]
-    assert toy.close(plain, compiled)
+    plain, *compiled = toy.ranks(lambda: [run(None), run("before"), run("after")], 2,
+                                 dtype=torch.float64)[0]
+    assert all(toy.close(weights, plain) for weights in compiled)
 
 
 # ---- leaving nothing behind ----------------------------------------------------------------------
@@ -671,6 +682,7 @@ def test_deleting_model_and_optimizer_frees_everything(stage, precision):
         for unit in model.units:
             alive += [weakref.ref(t) for t in (unit.flat, unit.shard, unit.master)]
             alive += map(weakref.ref, unit.kept_grads.values())
+        assert all(ref() is not None for ref in alive)
         params = [p for unit in model.units for p in unit.params]
         del model, opt, unit
         gc.collect()

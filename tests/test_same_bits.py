@@ -170,8 +170,12 @@ def test_activation_checkpointing(stage, reentrant):
 
 def built_in(stage):
     """toy.run with the built-in collectives, as on NCCL: here gloo's."""
-    with mock.patch.object(transport, "on_gloo", lambda device, group: False):
-        return toy.run(stage, "sgd", clip=(0.5,))
+    with (mock.patch.object(transport, "on_gloo", lambda device, group: False),
+          mock.patch.object(transport.dist, "all_to_all_single",
+                            wraps=transport.dist.all_to_all_single) as called):
+        run = toy.run(stage, "sgd", clip=(0.5,))
+    assert called.call_count
+    return run
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -200,6 +200,7 @@ def test_the_timeline_and_its_trace_file(recordings, tmp_path):
     for e in entries:
         if "op" in e.get("args", {}):
             lanes.setdefault((e["pid"], e["tid"]), []).append((e["ts"], e["ts"] + e["dur"]))
+    assert any(len(bars) > 1 for bars in lanes.values())
     for bars in lanes.values():
         assert all(end <= start + 1e-3 for (_, end), (start, _) in itertools.pairwise(sorted(bars)))
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in entries if e["ph"] == "X")
