@@ -95,8 +95,8 @@ def test_peak_of_a_step(world_size, overlap):
     # it, and with overlap one more in flight.
     for stage in (2, 3):
         assert layer < most[stage]["gradients"] <= whole // world_size + (2 + overlap) * layer
-    # Everything that is allocated, messages under way included: what a stage saves is not spent
-    # elsewhere. Six layers is what may be under way at one time.
+    # Everything that is allocated, messages in flight included: what a stage saves is not spent
+    # elsewhere. Six layers is what may be in flight at one time.
     at_rest = memory.model_states([[1024, 32]] * 12, world_size, 3,
                                   optimizer_dtypes=[torch.float32])
     assert peaks[3] < sum(at_rest.values()) + 6 * layer

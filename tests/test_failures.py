@@ -151,7 +151,7 @@ class Branch(nn.Module):
         return getattr(self, self.which)(x)
 
 
-def diverge(stage, how, patience=2.0, from_env=False):
+def diverge(stage, how, timeout=2.0, from_env=False):
     """One good step, then something that only rank 1 does."""
     rank = dist.get_rank()
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def diverge(stage, how, patience=2.0, from_env=False):
     with mock.patch.dict(os.environ, {"ZERO_REF_CHECK": "1"} if from_env else {}):
         model = zero_ref.wrap(net, stage, units=nn.Linear, check=not from_env, bucket_cap_mb=0)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
-    with mock.patch.object(check, "patience", lambda: patience):
+    with mock.patch.object(check, "timeout", lambda: timeout):
         for i in range(2 + (how == "one turn more" and rank == 1)):
             if i == 1 and how == "branch" and rank == 1:
                 net[0].which = "b"

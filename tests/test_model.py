@@ -105,7 +105,7 @@ def sometimes(users):
 @pytest.mark.parametrize("users", [(), (0,), (1,), (0, 1, 2)])
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_unused_parameters(users, world_size):
-    """On all ranks: left alone, without weight decay. On some: zero there, and never a hang."""
+    """On all ranks: it does not even decay. On some: its gradient is zero there; never a hang."""
     weights = compare(sometimes(users), Sometimes, world_size)
     for i in range(4):
         assert torch.equal(weights[f"layers.{i}.never"], torch.ones(3))

@@ -7,7 +7,7 @@ from .. import comm
 
 def agree(options, module, units, problem, group):
     """Raise the same ValueError on every rank unless all of them plan to do the same."""
-    plan = [(f"{name} =", repr(value)) for name, value in options.items()]
+    plan: list[tuple] = [(f"{name} =", repr(value)) for name, value in options.items()]
     for unit in units or []:
         plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]

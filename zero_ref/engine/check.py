@@ -22,7 +22,7 @@ def wanted() -> bool:
     return os.environ.get("ZERO_REF_CHECK", "0") not in ("", "0")
 
 
-def patience() -> float:
+def timeout() -> float:
     """Seconds that a rank waits for the others: a minute, or less if collectives get less."""
     return min(60.0, float(os.environ.get("ZERO_REF_TIMEOUT", 600)))
 
@@ -49,11 +49,11 @@ class Checker:
         plans = {self.rank: mine}
         for rank, work in works.items():
             try:
-                work.wait(timedelta(seconds=patience()))
+                work.wait(timedelta(seconds=timeout()))
             except RuntimeError:
                 raise RuntimeError(
                     f"rank {rank} is missing: rank {self.rank} is about to {mine}, and for "
-                    f"{patience():g} s or because its process is gone nothing came from rank "
+                    f"{timeout():g} s or because its process is gone nothing came from rank "
                     f"{rank}, which before that went to {self.last}") from None
             plans[rank] = bytes(answers[rank].tolist()).rstrip(b"\0").decode(errors="replace")
         for work in sent:

@@ -2,6 +2,7 @@
 
 import sys
 import weakref
+from typing import Any
 
 import torch
 from torch import nn, optim
@@ -20,7 +21,7 @@ ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, opt
 def watch(model):
     """Check every optimizer that holds parameters of `model` before its step, and call
     `model._follow(units)` after it. Returns the hooks."""
-    ref = weakref.ref(model)
+    ref: Any = weakref.ref(model)
 
     def before(optimizer, args, kwargs):
         _refuse_foreign(ref(), optimizer)
@@ -107,7 +108,7 @@ def _refuse_not_elementwise(model, optimizer):
 def _refuse_scaler_of_one_rank(model):
     """torch's own GradScaler looks for inf in this rank's slice alone, and so would skip the step
     on some ranks only. Who calls the optimizer can only be seen on the stack."""
-    frame = sys._getframe()
+    frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code is GradScaler.step.__code__ and type(frame.f_locals["self"]) is GradScaler:
             raise RuntimeError(

@@ -9,6 +9,7 @@ Micikevicius et al., Mixed Precision Training, ICLR 2018; Rajbhandari et al., Ze
 
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +56,7 @@ class MixedPrecision:
     def cast_inputs(self, inputs):
         return _cast(inputs, self.param_dtype)
 
-    def watch_kept(self, module):
+    def watch_kept(self, module: nn.Module) -> list:
         """Cast what goes into and comes out of the modules of the classes in `keep`."""
         if isinstance(module, self.keep):
             own = next((p.dtype for p in module.parameters()), None)
@@ -64,7 +65,7 @@ class MixedPrecision:
 
     def guard_state_dict(self, model):
         """The module holds rounded values, which are neither to be saved nor to be loaded."""
-        ref = weakref.ref(model)
+        ref: Any = weakref.ref(model)
 
         def refuse(*_):
             if ref() is not None and not ref()._in_full_params:

@@ -3,6 +3,7 @@
 import weakref
 from contextlib import contextmanager
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,15 +28,15 @@ class Shell(nn.Module):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._checker = check.checker(group) if checked else None
         self._sync = True  # whether backward reduces: False inside no_sync()
-        self._backward = None  # the one that is running
+        self._backward: Any = None  # the Backward that is running
         self._in_full_params = False
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
 
         materialize.give_memory_to_buffers(module, group)
-        for _, units_of_one in groupby(units, key=lambda unit: unit.module):
-            units_of_one = list(units_of_one)
-            materialize.flatten(units_of_one, module, group)
-            for unit in units_of_one:
+        for _, of_one_module in groupby(units, key=lambda unit: unit.module):
+            together = list(of_one_module)
+            materialize.flatten(together, module, group)
+            for unit in together:
                 comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
                 self._keep(unit)
         buffers.broadcast(module, group, "init")

@@ -24,7 +24,7 @@ def find_units(module, units):
 
 
 def modules_around(module, name):
-    """The modules on the way to the submodule of this name, the outermost first."""
+    """The submodule of this name and the modules that contain it, the outermost first."""
     around = [module]
     for part in filter(None, name.split(".")):
         around.append(around[-1]._modules[part])
