@@ -317,7 +317,7 @@ def test_nested_units():
 
 class Twice(Stack):
     def __init__(self, order):
-        super().__init__([Layer(), Layer(), Layer()])
+        super().__init__([Layer() for _ in range(max(order) + 1)])
         self.order = order
 
     def forward(self, x):
@@ -326,7 +326,7 @@ class Twice(Stack):
         return x
 
 
-@pytest.mark.parametrize("order", [(0, 1, 1, 0, 2), (2, 0, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 1, 0, 2), (0, 1, 1, 0)], ids=str)
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_a_unit_used_twice(reshard_after_forward, order):
     compare(lambda: Twice(order), world_size=3, reshard_after_forward=reshard_after_forward)
