@@ -317,7 +317,7 @@ def test_nested_units():
 
 class Twice(Stack):
     def __init__(self, order):
-        super().__init__([Layer(), Layer(), Layer()])
+        super().__init__([Layer() for _ in range(max(order) + 1)])
         self.order = order
 
     def forward(self, x):
@@ -326,7 +326,7 @@ class Twice(Stack):
         return x
 
 
-@pytest.mark.parametrize("order", [(0, 1, 1, 0, 2), (2, 0, 1, 1, 0)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 1, 0, 2), (0, 1, 1, 0)], ids=str)
 @pytest.mark.parametrize("reshard_after_forward", [True, False])
 def test_a_unit_used_twice(reshard_after_forward, order):
     compare(lambda: Twice(order), world_size=3, reshard_after_forward=reshard_after_forward)
@@ -453,15 +453,15 @@ def test_views_parameters_and_writing_in_place(name):
 
 def test_a_parameter_that_was_returned_is_there_when_its_unit_is_not():
     def run(stage):
-        model = zero_ref.wrap(Chain(lambda u, x: (u.linear(x), u.w[:5])), stage)
+        model = zero_ref.wrap(Chain(lambda u, x: (u.w, u.w[1:], u.w.detach())), stage)
         with torch.no_grad():
-            _, kept = model.eval()(torch.ones(1, WIDTH))
+            kept = model.eval()(torch.ones(1, WIDTH))
             model(torch.ones(1, WIDTH))
-        return kept.clone()
+        return [tensor.tolist() for tensor in kept]
 
+    values = torch.linspace(0.5, 1.5, WIDTH).tolist()
     for stages in toy.ranks(lambda: [run(stage) for stage in STAGES], 2):
-        for kept in stages:
-            assert torch.equal(kept, torch.linspace(0.5, 1.5, WIDTH)[:5])
+        assert stages == [[values, values[1:], values]] * 4
 
 
 @dataclasses.dataclass(frozen=True)
