@@ -49,16 +49,19 @@ class MixedPrecision:
 
     def of(self, p, modules):
         """The dtypes of a parameter that is inside `modules`, and of its gradient when reduced."""
-        if p.is_floating_point() and not any(isinstance(m, self.keep) for m in modules):
+        if p.is_floating_point() and not any(map(self.keeps, modules)):
             return self.param_dtype, self.reduce_dtype
         return own_precision(p, modules)
+
+    def keeps(self, module: nn.Module) -> bool:
+        return isinstance(module, self.keep)
 
     def cast_inputs(self, inputs):
         return _cast(inputs, self.param_dtype)
 
     def watch_kept(self, module: nn.Module) -> list:
         """Cast what goes into and comes out of the modules of the classes in `keep`."""
-        if isinstance(module, self.keep):
+        if self.keeps(module):
             own = next((p.dtype for p in module.parameters()), None)
             return _compute_in(module, own) if own is not None else []
         return [hook for child in module.children() for hook in self.watch_kept(child)]
