@@ -1,6 +1,8 @@
 """How a failure gets from a rank to the caller: a Failure there, a RankError here."""
 
+import concurrent.futures
 import os
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -13,7 +15,9 @@ from ..engine import failure
 from .output import name_of_cell
 
 _RUNNERS = os.path.join(os.path.dirname(__file__), "")  # the files around what is launched
-_LIBRARY = (os.path.dirname(torch.__file__), "<frozen")
+# Of torch, and of how a rank waits for a message.
+_LIBRARY = (os.path.dirname(torch.__file__), os.path.dirname(concurrent.futures.__file__),
+            threading.__file__, "<frozen")
 
 
 class RankError(RuntimeError):
@@ -79,7 +83,7 @@ def launched_frames(stack: StackSummary) -> StackSummary:
     begin = ours.index(False, begin) if False in ours[begin:] else len(stack)
     end = ours.index(True, begin) if True in ours[begin:] else len(stack)  # it is printing
     return StackSummary(frame for frame in stack[begin:end]
-                                  if not frame.filename.startswith(_LIBRARY))
+                        if not frame.filename.startswith(_LIBRARY))
 
 
 def _parts(error, seen=()):
@@ -90,7 +94,6 @@ def _parts(error, seen=()):
         parts += [*_parts(cause, seen), "The above was the direct cause of this:"]
     elif context is not None and not error.__suppress_context__ and context not in seen:
         parts += [*_parts(context, seen), "While that was handled, this came up:"]
-    frames = StackSummary.extract(traceback.walk_tb(error.__traceback__),
-                                            lookup_lines=False)
+    frames = StackSummary.extract(traceback.walk_tb(error.__traceback__), lookup_lines=False)
     what = "".join(traceback.format_exception_only(error)).rstrip()
     return [*parts, "Traceback (most recent call last):", launched_frames(frames), what]
