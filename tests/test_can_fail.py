@@ -18,6 +18,46 @@ N = 3
 PLAIN = {"norm": False}
 
 
+# ---- the comparisons themselves ------------------------------------------------------------------
+
+
+REFERENCE = {"w": torch.tensor([-4.0, 1.0], dtype=torch.float64), "count": torch.tensor(3),
+             "zero": torch.zeros(2, dtype=torch.float64)}
+
+
+@pytest.mark.parametrize("name, change, is_close", [
+    ("w", 3e-10, True), ("w", 5e-10, False), ("w", float("nan"), False),
+    ("zero", 3e-10, True), ("zero", 5e-10, False), ("count", 1, False),
+])
+def test_close_tells_a_mistake_from_rounding(name, change, is_close):
+    ours = {**REFERENCE, name: REFERENCE[name] + change}
+    assert toy.close(ours, REFERENCE) == is_close
+
+
+def test_close_looks_at_names_shapes_and_dtypes():
+    for other in ({"w": REFERENCE["w"]}, {**REFERENCE, "count": torch.tensor(3.0)},
+                  {**REFERENCE, "zero": torch.zeros(1, dtype=torch.float64)}):
+        assert not toy.close(other, REFERENCE)
+    with pytest.raises(AssertionError, match="rounding in fp32 depends on the machine"):
+        toy.close({"w": torch.ones(1)}, {"w": torch.ones(1)})
+
+
+@pytest.mark.parametrize("kind, who", [("weights", "stage"), ("weights", "rank"),
+                                       ("losses", "stage"), ("norms", "rank")])
+def test_stages_that_differ_do_not_agree(kind, who):
+    def run(stage):
+        result = {"weights": {"w": torch.ones(1)}, "losses": [0.5], "norms": [torch.tensor(2.0)]}
+        if stage == 2 if who == "stage" else torch.distributed.get_rank() == 1:
+            result[kind] = {"w": torch.zeros(1)} if kind == "weights" else [1.0]
+        return result
+
+    with pytest.raises(AssertionError, match=r"\([0-3], [0-2]\)"):
+        toy.stages_agree(run, N)
+
+
+# ---- the engine ----------------------------------------------------------------------------------
+
+
 def broken(patch, *args):
     """toy.run on a rank, with the engine patched there."""
     with patch():

@@ -63,7 +63,11 @@ def test_padding_is_counted_where_it_exists():
         assert sum(states(rank, stage)["optimizer"] for rank in range(2)) == 56
 
 
-@pytest.mark.parametrize("arguments", [(10, 0, 1), (10, 2, 4), (10, 2, -1)])
-def test_bad_arguments(arguments):
-    with pytest.raises(ValueError, match="must be"):
+@pytest.mark.parametrize("arguments, sentence", [
+    ((10, 0, 1), "rank=0, world_size=0: must be 0 <= rank < world_size"),
+    ((10, 2, 4), "stage=4: must be 0, 1, 2 or 3"),
+    ((10, 2, -1), "stage=-1: must be 0, 1, 2 or 3"),
+])
+def test_bad_arguments(arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
         memory.model_states(*arguments)

@@ -160,9 +160,9 @@ def test_recordings_that_do_not_fit_are_refused(recordings):
         viz.stepper([recordings[0, 2][0], recordings[3, 2][1]])
     with pytest.raises(ValueError, match="differently partitioned"):
         viz.side_by_side(recordings[0, 2], recordings[1, 4])
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="0 recordings to draw: give at least one"):
         viz.memory_over_step()
-    with pytest.raises(ValueError, match="no units"):
+    with pytest.raises(ValueError, match="no units to draw"):
         viz.partition_map([])
 
 

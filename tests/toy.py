@@ -204,8 +204,9 @@ def equal(a, b, skip=()):
 def stages_agree(fn, world_size, *args, stages=STAGES, dtype=torch.float32, **kwargs):
     """Runs fn(stage, …) at all stages, and checks that they end with the same bits on all ranks.
 
-    fn returns the weights, or a dict as `run` does: then the losses, of which every rank has its
-    own, and the norms are compared as well. Returns what fn returned, by rank and stage.
+    fn returns the weights, or a dict that has "weights" as that of `run`: then "losses", of which
+    every rank has its own, and "norms" are compared as well. BatchNorm's statistics are each rank's
+    own, too. Returns what fn returned, by rank and stage.
     """
     by_rank = ranks(lambda: [fn(stage, *args, **kwargs) for stage in stages], world_size,
                     dtype=dtype)
@@ -237,8 +238,9 @@ def close(ours, reference, within=1e-10):
     if ours.keys() != reference.keys():
         return False
     floats = {k: v for k, v in reference.items() if v.is_floating_point() and v.numel()}
-    # In fp32 the result would depend on the machine: who has to allow for that says how much.
-    assert within > 1e-10 or all(v.dtype == torch.float64 for v in floats.values())
+    # Who has to compare in fp32 says how far rounding may go, and why.
+    assert within > 1e-10 or all(v.dtype == torch.float64 for v in floats.values()), (
+        "rounding in fp32 depends on the machine")
     size = {k: v.abs().max().item() for k, v in floats.items()}
     for name, theirs in reference.items():
         mine = ours[name]
