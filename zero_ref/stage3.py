@@ -30,7 +30,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
-from torch.autograd.graph import register_multi_grad_hook
 
 from . import comm
 from .engine.backward import Bucket
@@ -142,11 +141,10 @@ class Stage3(Stage2):
             self._unshard_module(submodule, "forward")
         args, kwargs = super()._pre_forward(submodule, args, kwargs)
         if units and torch.is_grad_enabled():
-            call = self._calls.begin(submodule, self._entered(submodule))
             # Backward has left the unit when it has the gradients of these views of its inputs.
-            inputs = [x for x in tensors_in((args, kwargs)) if x.requires_grad]
-            if inputs:
-                register_multi_grad_hook(inputs, self._weak_hook("_post_backward", call))
+            inputs = [x for x in dict.fromkeys(tensors_in((args, kwargs))) if x.requires_grad]
+            mark = self._calls.begin(submodule, inputs, self._entered(submodule))
+            self._on_grad_of(inputs, "_post_backward", mark)
         return args, kwargs
 
     def _post_forward(self, submodule, args, output):
@@ -175,22 +173,24 @@ class Stage3(Stage2):
             raise RuntimeError("create_graph=True does not work at stage 3: a gradient's own graph "
                                "uses parameters after their unit was resharded; use stage 2")
         self._begin_backward()
-        self._calls.enter(call)
-        if not self._entered(call.module):
-            self._backward.entered.add(call.module)
-            self._unshard_module(call.module, "backward")
+        module = call.mark.module
+        self._calls.enter(module)
+        if not self._entered(module):
+            self._backward.entered.add(module)
+            self._unshard_module(module, "backward")
 
-    def _post_backward(self, call, grads):
-        """Runs when autograd has the gradients of the unit's inputs, and so those of its
-        parameters. If this was its last call, reshard and reduce.
+    def _post_backward(self, mark, grad):
+        """Runs when autograd has the gradient of one of the unit's inputs. With the last one of its
+        last call it has those of the parameters too: reshard and reduce.
 
         Stages 0 to 2 reduce when the last gradient is there. Here it may not wait for a gradient
         that only other ranks have: between gathers, all ranks have to reduce at the same point.
         """
-        backward = self._backward
-        backward.entered.discard(call.module)
-        if self._calls.leave(call):
-            for unit in self._units_of[call.module]:
+        backward, last = self._backward, self._calls.leave(mark)
+        if mark.expected == 0:
+            backward.entered.discard(mark.module)
+        if last:
+            for unit in self._units_of[mark.module]:
                 self._reshard(unit)
                 backward.left.add(unit)
             for bucket in [b for b in backward.queue if self._sync and backward.left.issuperset(b)]:
@@ -202,9 +202,9 @@ class Stage3(Stage2):
 
     def _leave_backward(self):
         super()._leave_backward()
-        self._calls.left_now.clear()
+        self._calls.pending.clear()
         self._passes["backward"].begin()
-        running = {call.module for call in self._calls.open}  # torch.autograd.grad in a forward
+        running = {call.mark.module for call in self._calls.open}  # torch.autograd.grad in a forward
         for unit in self.units:
             if unit.module not in running:
                 self._reshard(unit)

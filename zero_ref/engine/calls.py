@@ -9,11 +9,24 @@ from .tree import map_tensors, tensors_in
 
 
 class Call:
-    """One forward of a unit, for as long as its graph is alive."""
+    """One forward of a unit. Alive as long as its graph, because the hooks at its outputs hold it.
 
+    The hooks at its inputs hold `mark` alone: if they held the nodes, which hold them, the graph
+    would stay until Python's garbage collector comes, on every rank at another time.
+    """
+
+    def __init__(self, module, inputs):
+        self.mark, self.nodes = Mark(module), [x.grad_fn for x in inputs]
+
+    def expect(self):
+        """Whether the running backward comes by here, and so to how many of the inputs."""
+        self.mark.expected = sum(map(torch._C._will_engine_execute_node, self.nodes))
+        return self.mark.expected > 0
+
+
+class Mark:
     def __init__(self, module):
-        self.module = module
-        self.left = False  # whether backward has been through
+        self.module, self.expected = module, 0
 
 
 class Calls:
@@ -22,25 +35,27 @@ class Calls:
     def __init__(self):
         self.of = defaultdict(WeakSet)  # module -> its Calls
         self.open = []  # those whose forward is running, the innermost last
-        self.left_now = set()  # those that this backward has been through
+        self.pending = {}  # module -> Marks of those that this backward has yet to leave
+        self.endless = set()  # modules that backward does not leave: an input needs no gradient
 
-    def begin(self, module, recomputing):
-        call = Call(module)
+    def begin(self, module, inputs, recomputing):
+        self.open.append(Call(module, inputs))
+        if not inputs:
+            self.endless.add(module)
         if not recomputing:
-            self.of[module].add(call)
-        self.open.append(call)
-        return call
+            self.of[module].add(self.open[-1])
+        return self.open[-1].mark
 
-    def enter(self, call):
-        if call.left and call not in self.left_now:  # a graph once more, with retain_graph=True
-            for again in self.of[call.module]:
-                again.left = False
+    def enter(self, module):
+        if module not in self.pending:
+            self.pending[module] = {call.mark for call in self.of[module] if call.expect()}
 
-    def leave(self, call):
-        """Backward has been through `call`. Returns whether it was the module's last."""
-        call.left = True
-        self.left_now.add(call)
-        return all(c.left for c in self.of[call.module])
+    def leave(self, mark):
+        """Backward has another gradient of an input. Returns whether it has left the module."""
+        mark.expected -= 1
+        if mark.expected == 0:
+            self.pending[mark.module].discard(mark)
+        return not self.pending[mark.module] and mark.module not in self.endless
 
 
 class Pass:
