@@ -12,6 +12,8 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from .clip import GradSlice
+
 # Each element of a parameter is updated from that element of its gradient and of its states alone,
 # so a slice is updated as it would be inside the whole.
 ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax,
@@ -32,15 +34,25 @@ def watch(model):
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
             _refuse_scaler_of_one_rank(ref())
+            _mark(units, torch.Tensor)  # the optimizer, and its states, work on plain tensors
 
     def after(optimizer, args, kwargs):
         units = _units_in(ref(), optimizer)
+        if units and ref().stage >= 1:
+            _mark(units, GradSlice)
         for unit in units:  # a graph from before the step may not be differentiated any more
             torch.autograd.graph.increment_version(unit.params)
         if units:
             ref()._follow(units)
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+
+def _mark(units, kind):
+    for unit in units:
+        for p in unit.owned:
+            if p.grad is not None:
+                p.grad = p.grad.as_subclass(kind)
 
 
 def _units_in(model, optimizer):

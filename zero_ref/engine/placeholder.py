@@ -57,12 +57,13 @@ def make_placeholders(unit):
 
 def show_in_module(unit, params):
     """Put these, the unit's parameters or its placeholders, where the module has its parameters."""
-    for p, places in zip(params, unit.slots):
-        for module, attribute in places:
-            # Whoever freezes a parameter sets the flag of the one that hangs there at that time.
-            if p.requires_grad != (flag := module._parameters[attribute].requires_grad):
-                p.requires_grad = flag
-            module._parameters[attribute] = p
+    with torch._C.DisableTorchFunctionSubclass():
+        for p, places in zip(params, unit.slots):
+            for module, attribute in places:
+                # Whoever freezes a parameter sets the flag of what hangs there at that time.
+                if p.requires_grad != (flag := module._parameters[attribute].requires_grad):
+                    p.requires_grad = flag
+                module._parameters[attribute] = p
 
 
 def _flatten(value):

@@ -16,6 +16,12 @@ def tensors_in(value):
 
 def map_tensors(fn, value):
     """`value` with fn(t) in place of each tensor t in it for which fn returns something."""
+    if isinstance(value, torch.Tensor):  # quickly, what is there most often
+        return _map_leaf(fn, value)
+    if type(value) is tuple:
+        return tuple([map_tensors(fn, item) for item in value])
+    if value == {}:
+        return value
     return tree_map(lambda leaf: _map_leaf(fn, leaf), value)
 
 
