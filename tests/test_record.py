@@ -84,6 +84,17 @@ def test_what_each_stage_holds_at_rest():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_not_temporary_once_they_are_summed(stage):
+    recording = ranks(recorded, 2, stage, overlap=False)[0][0]
+    summed = set()
+    for frame in recording.frames:
+        assert not [u for u in summed if TEMPORARY in frame.held[u]["gradients"]], frame
+        if frame.what in ("reduce_scatter", "all_reduce"):
+            summed.add(frame.unit)
+    assert summed == {unit.name for unit in recording.units if not unit.frozen}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_recording_changes_no_bit(stage):
     with_it, without = ranks(recorded, 2, stage)[0][3], ranks(not_recorded, 2, stage)[0]
     assert all(torch.equal(with_it[name], without[name]) for name in without)
