@@ -11,8 +11,8 @@ import zero_ref
 from zero_ref.observe.recorder import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, record
 
 
-def recorded(stage, step=1, **options):
-    model = zero_ref.wrap(build(), stage, **options)
+def recorded(stage, step=1, bucket_cap_mb=0, **options):
+    model = zero_ref.wrap(build(), stage, bucket_cap_mb=bucket_cap_mb, **options)
     optimizer = torch.optim.Adam(model.parameters())
     for i in range(step + 1):
         x, y = batch(i, model.rank)
@@ -35,11 +35,11 @@ def not_recorded(stage):
     return model.state_dict()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap, bucket_cap_mb", [(False, 0), (True, 0), (True, 1)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_letters_events_and_bytes_agree(stage, world_size, overlap):
-    by_rank = ranks(recorded, world_size, stage, overlap=overlap)
+def test_letters_events_and_bytes_agree(stage, world_size, overlap, bucket_cap_mb):
+    by_rank = ranks(recorded, world_size, stage, overlap=overlap, bucket_cap_mb=bucket_cap_mb)
     for rank, (recording, events, resident, _) in enumerate(by_rank):
         assert (recording.rank, recording.world_size, recording.stage) == (rank, world_size, stage)
         frames = recording.frames
@@ -54,7 +54,8 @@ def test_letters_events_and_bytes_agree(stage, world_size, overlap):
             counted = {kind: 0 for kind in frame.bytes}
             for name, held in frame.held.items():
                 unit = units[name]
-                size = unit.padded_numel // world_size * 4
+                numel = unit.padded_numel // world_size  # of a slice
+                size = numel * 4
                 for kind in ("parameters", "gradients"):
                     counted[kind] += size * sum(letter != ABSENT for letter in held[kind])
                 # Beside a full buffer that is there for a while, the own slice has its memory.
@@ -62,9 +63,9 @@ def test_letters_events_and_bytes_agree(stage, world_size, overlap):
                     counted["parameters"] += size
                 if stage >= 2 and set(held["gradients"]) <= {TEMPORARY, IN_FLIGHT}:
                     counted["gradients"] += size
-                owned = [len(range(min(unit.numel, s * size // 4),
-                                   min(unit.numel, (s + 1) * size // 4)))
-                         for s, letter in enumerate(held["optimizer"]) if letter == OWNED]
+                owned = [len(range(max(start, s * numel), min(start + n, (s + 1) * numel)))
+                         for s, letter in enumerate(held["optimizer"]) if letter == OWNED
+                         for start, n in zip(unit.starts, unit.sizes)]
                 counted["optimizer"] += 2 * 4 * sum(owned)
             assert frame.bytes == counted, (frame.what, frame.unit)
 
@@ -80,6 +81,17 @@ def test_what_each_stage_holds_at_rest():
         2: {"parameters": "tot", "gradients": " e ", "optimizer": " o "},
         3: {"parameters": " o ", "gradients": " e ", "optimizer": " o "},
     }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_not_temporary_once_they_are_summed(stage):
+    recording = ranks(recorded, 2, stage, overlap=False)[0][0]
+    summed = set()
+    for frame in recording.frames:
+        assert not [u for u in summed if TEMPORARY in frame.held[u]["gradients"]], frame
+        if frame.what in ("reduce_scatter", "all_reduce"):
+            summed.add(frame.unit)
+    assert summed == {unit.name for unit in recording.units if not unit.frozen}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -23,7 +23,7 @@ from zero_ref.viz.stepper import StepDrawing, _fitting
 
 
 def step(stage, overlap):
-    model = zero_ref.wrap(course.build(), stage, overlap=overlap)
+    model = zero_ref.wrap(course.build(), stage, overlap=overlap, bucket_cap_mb=0)
     optimizer = torch.optim.Adam(model.parameters())
     for i in range(2):
         x, y = course.batch(i, model.rank)
@@ -124,7 +124,7 @@ def blocks(stage):
     net = torch.nn.ModuleDict({"transformer": torch.nn.ModuleList(
         torch.nn.Linear(64, 64) for _ in range(9))})
     net.forward = lambda x: torch.nn.Sequential(*net["transformer"])(x.flatten(1))
-    model = zero_ref.wrap(net, stage)
+    model = zero_ref.wrap(net, stage, bucket_cap_mb=0)
     for i in range(2):
         with record(model) as recording:
             model(course.batch(i, model.rank)[0]).sum().backward()
@@ -169,15 +169,16 @@ def test_recordings_that_do_not_fit_are_refused(recordings):
 def test_the_partition_map_says_who_owns_what():
     picture = viz.partition_map(
         zero_ref.launch(lambda: layout(zero_ref.wrap(course.build(), 1)), 3)[0])
-    assert picture.text == ("unit 1: 1.weight 1024 | 1.bias 16 | padding 1; 3 slices of 347\n"
-                            "unit 3: 3.weight 256 | 3.bias 16 | padding 1; 3 slices of 91\n"
-                            "unit 5: 5.weight 160 | 5.bias 10 | padding 1; 3 slices of 57")
+    assert picture.text == ("unit 1: 1.weight 1024 | 1.bias 16 | padding 4; 3 slices of 348\n"
+                            "unit 3: 3.weight 256 | 3.bias 16 | padding 4; 3 slices of 92\n"
+                            "unit 5: 5.weight 160 | 5.bias 10 | padding 10; 3 slices of 60")
     assert pixels(picture.png()).std() > 10
 
 
 def test_memory_over_a_step_marks_rest_and_peak(recordings):
     of_rank_0 = [recordings[stage, 4][0] for stage in range(4)]
-    formula = {s: sum(memory.model_states([1040, 272, 170], 4, s).values()) for s in range(4)}
+    sizes = [unit.sizes for unit in of_rank_0[0].units]
+    formula = {s: sum(memory.model_states(sizes, 4, s).values()) for s in range(4)}
     picture = viz.memory_over_step(*of_rank_0, formula=formula)
     for stage, line in enumerate(picture.text.splitlines()):
         frames = of_rank_0[stage].frames

@@ -185,7 +185,8 @@ class _Recorder(Trace):
         if in_flight:
             return IN_FLIGHT * unit.world_size
         backward = self.model._backward
-        fills_up = backward is not None and unit in backward.grads
+        fills_up = backward is not None and unit in backward.grads and any(
+            unit in bucket for bucket in backward.queue)
         if fills_up or any(p.grad is not None for p in unit.params):
             return TEMPORARY * unit.world_size
         kept = [b for b in unit.kept_grads.values() if _alive(b)]

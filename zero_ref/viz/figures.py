@@ -23,7 +23,7 @@ RANKS = 4
 def draw(folder):
     """Returns the paths of what was written."""
     recordings = {stage: launch(_recorded, RANKS, stage) for stage in range(4)}
-    sizes = [unit.numel for unit in recordings[0][0].units]
+    sizes = [unit.sizes for unit in recordings[0][0].units]
     formula = {stage: sum(memory.model_states(sizes, RANKS, stage).values()) for stage in range(4)}
     step = StepDrawing([recordings[3]], recordings[0])
     written = {
@@ -43,7 +43,7 @@ def draw(folder):
 
 
 def _recorded(stage, build=course.build, size=8):
-    model = wrap(build(), stage)
+    model = wrap(build(), stage, bucket_cap_mb=0)  # a message per unit
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for step in range(3):
         x, y = course.batch(step, model.rank, size)

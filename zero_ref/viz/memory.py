@@ -17,7 +17,7 @@ def memory_over_step(*recordings, formula=None):
     another in a last panel.
 
     formula: {stage: bytes at rest} to draw as a line; by default none. Activations and messages
-    under way are not model states, and so not in the picture. Raises ValueError for no recording or
+    in flight are not model states, and so not in the picture. Raises ValueError for no recording or
     more than four.
     """
     if not 1 <= len(recordings) <= len(_LINES):

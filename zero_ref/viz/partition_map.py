@@ -56,8 +56,8 @@ def _draw(ax, unit, widest):
 def _box(ax, start, end, y, colour, labels, widest, hatch=None):
     ax.add_patch(Rectangle((start, y), end - start, 0.9, facecolor=colour, hatch=hatch,
                            edgecolor="white" if hatch is None else PADDING))
-    for label in labels:  # the longest that fits: about 130 characters fill the picture
-        if len(label) / 115 < (end - start) / widest:
+    for label in labels:  # the longest that fits, with a margin: 115 characters fill the picture
+        if (len(label) + 0.1) / 115 < (end - start) / widest:
             ax.text((start + end) / 2, y + 0.45, label, ha="center", va="center", color="white",
                     fontsize=9)
             break

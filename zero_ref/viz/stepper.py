@@ -26,7 +26,7 @@ _MOST_UNITS, _MOST_RANKS = 12, 8
 _SAY = {
     "start": "before the step",
     "forward": "unit {unit} runs forward",
-    "reshard": "unit {unit}: all but the own slice is let go",
+    "reshard": "unit {unit} is resharded: all but the own slice is freed",
     "backward": "backward has computed the gradients of unit {unit}",
     "step": "the optimizer updates what it owns",
     "end": "after the step and zero_grad()",
@@ -216,7 +216,7 @@ class StepDrawing:
                     Patch(color=tint(INK), label="a copy, or not yet summed"),
                     Patch(facecolor="white", edgecolor=INK, label="memory without values"),
                     Patch(facecolor="white", edgecolor=COMMUNICATION, hatch="//////",
-                          label="under way")]
+                          label="in flight")]
         self.figure.legend(handles=patches, loc="lower center", ncols=7, frameon=False,
                            bbox_to_anchor=(0.5, y - 0.012), fontsize=9, columnspacing=1,
                            handlelength=1.2, handletextpad=0.5)

@@ -28,9 +28,9 @@ def timeline(recordings):
         for span in r.spans:
             _bar(ax, began, span.start, span.end, y, 0.8, color=_PHASES[span.phase])
         for event in r.events:
-            if event.end is None:  # the step failed while it was under way
+            if event.end is None:  # the step failed while it was in flight
                 continue
-            half = 0 if event.op == "all_gather" else 0.4  # two kinds may be under way at once
+            half = 0 if event.op == "all_gather" else 0.4  # two kinds may be in flight at once
             _bar(ax, began, event.start, event.end, y + 0.9 + half, 0.38, facecolor=COMMUNICATION,
                  hatch=_HATCHES.get(event.op), edgecolor="white", linewidth=0.5)
             if event.awaited is not None and event.end > event.awaited:
@@ -78,7 +78,7 @@ def chrome_trace(recordings, path):
             name = f"{SHORT[event.op]} {event.unit}"
             start = max(event.start, free.get(event.op, event.start))
             end = free[event.op] = max(start, event.end)
-            # all_gathers and reductions may be under way at once, which one thread cannot show
+            # all_gathers and reductions may be in flight at once, which one thread cannot show
             entries.append(entry(r.rank, f"2 {event.op}", name, start, end,
                                  op=event.op, phase=event.phase, bytes=event.bytes,
                                  wire_bytes=event.wire_bytes))
