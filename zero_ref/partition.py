@@ -70,11 +70,6 @@ class Layout:
         clamp = [min(max(n, 0), self.sizes[index]) for n in (begin, begin + self.shard_numel)]
         return clamp[0], clamp[1]
 
-    def owned_numel(self, rank: int) -> int:
-        """How many elements of this rank's slice are not padding."""
-        spans = [self.span(index, rank) for index in range(len(self.sizes))]
-        return sum(end - begin for begin, end in spans)
-
 
 class Unit(Layout):
     """The parameters of one module, trainable or frozen, as one flat buffer."""
@@ -172,13 +167,6 @@ class Unit(Layout):
         """buffer: master, or its gradient → what the optimizer sees of each parameter."""
         return self.full_views(buffer) if self.keeps.states == FULL else self.shard_views(buffer)
 
-    def owned_slices(self, index: int, tensor: Tensor) -> dict[int, Tensor]:
-        """What the optimizer sees of a parameter, cut at the borders of the slices: by rank."""
-        if self.keeps.states == SHARD:
-            return {self.rank: tensor}
-        spans = [self.span(index, rank) for rank in range(self.world_size)]
-        return {r: tensor.reshape(-1)[begin:end] for r, (begin, end) in enumerate(spans)}
-
     # ---- gradients -------------------------------------------------------------------------------
 
     def grad_buffer(self) -> Tensor:
@@ -196,11 +184,13 @@ class Unit(Layout):
             self.kept_grads[dtype] = self.flat.new_empty(numel, dtype=dtype)
         return self.kept_grads[dtype]
 
-    def deliver(self, reduced: Tensor, missing: set[int]) -> None:
+    def deliver(self, reduced: Tensor, missing: set[int]) -> bool:
         """Give the optimizer its mean gradient, in the master's dtype. reduced: like `shard`.
 
-        missing: parameters that this rank had none for, see the note in engine/backward.py.
+        missing: parameters that this rank had none for, see the note in engine/backward.py. Returns
+        whether it was added to one that was there, so that `reduced` is of no use any more.
         """
+        added = any(p.grad is not None for p in self.owned)
         if reduced.dtype != self.master.dtype:
             reduced = self.grad_memory(reduced.numel(), self.master.dtype).copy_(reduced)
         for index, (p, grad) in enumerate(zip(self.owned, self.owned_views(reduced))):
@@ -210,6 +200,7 @@ class Unit(Layout):
                 p.grad.add_(grad)
             else:
                 p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
+        return added
 
 
 def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_size: int

@@ -41,10 +41,6 @@ class Stage0(Shell):
     keeps = Keeps(params=FULL, grads=FULL, states=FULL)
     in_flight = 1  # buckets that are reduced at one time; more would need more memory
 
-    def _keep(self, unit: Unit) -> None:
-        """Called once, with rank 0's values in unit.flat."""
-        unit.keep(self.keeps)
-
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
     def _forward(self, args: tuple, kwargs: dict):
@@ -119,7 +115,8 @@ class Stage0(Shell):
         bucket, reduced, handle = self._backward.in_flight.popleft()
         handle.wait()
         for unit, grad in zip(bucket, reduced):
-            unit.deliver(grad, self._backward.missing[unit])
+            if unit.deliver(grad, self._backward.missing[unit]):
+                del self._backward.grads[unit]  # else it stays, for p.grad lies in it
         return bucket
 
     def _finish_backward(self) -> None:

@@ -30,5 +30,5 @@ class Stage2(Stage1):
     def _finish_reduction(self):
         bucket = super()._finish_reduction()
         for unit in bucket:
-            del self._backward.grads[unit]  # the full gradient is freed
+            self._backward.grads.pop(unit, None)  # the full gradient is freed
         return bucket

@@ -10,9 +10,8 @@ after, so the all_gather after the step is gone:
                          One reduce_scatter of its gradients as at stage 2, Ψ·(N-1)/N
     Phase 4  step        every rank updates its shard, and sends nothing
 
-Together 3Ψ·(N-1)/N, 1.5 times stage 0. What is left at the peak are the shards plus the units that
-are gathered at one time: the one that computes, the one that comes next, and the root's own
-parameters.
+Together 3Ψ·(N-1)/N, 1.5 times stage 0. At the peak there are the shards and the units that are
+gathered at one time: the one that computes, the one that comes next, and the root's own parameters.
 
 A unit's flat buffer keeps its address in every view that autograd has saved. Resharding means
 emptying the storage behind them (`untyped_storage().resize_(0)`), not pointing the parameter
@@ -204,7 +203,7 @@ class Stage3(Stage2):
         super()._leave_backward()
         self._calls.pending.clear()
         self._passes["backward"].begin()
-        running = {call.mark.module for call in self._calls.open}  # torch.autograd.grad in a forward
+        running = {call.mark.module for call in self._calls.open}  # autograd.grad in a forward
         for unit in self.units:
             if unit.module not in running:
                 self._reshard(unit)

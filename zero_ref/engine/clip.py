@@ -24,6 +24,14 @@ class GradSlice(torch.Tensor):
         return result.as_subclass(cls) if func in _SAME_VALUES else result
 
 
+def _by_slice(unit, index, grad):
+    """What this rank has of a parameter's gradient, as (rank that owns it, 1-D part)."""
+    if unit.keeps.states == "shard":
+        return [(unit.rank, grad)]
+    spans = [unit.span(index, rank) for rank in range(unit.world_size)]
+    return [(r, grad.reshape(-1)[begin:end]) for r, (begin, end) in enumerate(spans)]
+
+
 def clip_grad_norm_(model, max_norm, norm_type):
     """See Shell.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
     numbers in the same order, whoever holds them. Padding belongs to no parameter."""
@@ -35,7 +43,7 @@ def clip_grad_norm_(model, max_norm, norm_type):
     for row, (unit, index, p) in zip(norms, owned):
         if p.grad is not None:
             whole = p.grad.as_subclass(torch.Tensor)
-            for rank, part in unit.owned_slices(index, whole).items():
+            for rank, part in _by_slice(unit, index, whole):
                 if part.numel():
                     row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=dtype)
     if model.keeps.states == "shard":  # every entry is zero on all ranks but one: an exact sum

@@ -54,6 +54,10 @@ class Shell(nn.Module):
         failure.models.add(self)
         weakref.finalize(self, _unwrap, hooks, members).atexit = False
 
+    def _keep(self, unit):
+        """Called once, with rank 0's values in unit.flat."""
+        unit.keep(self.keeps)
+
     def _register_hooks(self):
         hooks = optimizers.watch(self)
         if self.mixed_precision is not None:

@@ -44,7 +44,8 @@ def model_states(numel: float | Sequence[Sequence[int]], world_size: int, stage:
         narrowest = min(param_dtype.itemsize, grad_dtype.itemsize)
         units = [Layout(sizes, world_size, narrowest) for sizes in numel]
         full, own = sum(u.padded_numel for u in units), sum(u.shard_numel for u in units)
-        updated = sum(u.numel if stage == 0 else u.owned_numel(rank) for u in units)
+        spans = [u.span(index, rank) for u in units for index in range(len(u.sizes))]
+        updated = sum(u.numel for u in units) if stage == 0 else sum(e - b for b, e in spans)
     else:
         full, own = int(numel), -(-int(numel) // world_size)
         updated = full if stage == 0 else min(max(full - rank * own, 0), own)
