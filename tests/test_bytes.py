@@ -207,6 +207,27 @@ def test_neighbours_share_messages():
         }[stage]
 
 
+def most_units_gathered(cap):
+    """At one time, of 24 equal ones, when their order is known."""
+    module = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(24)])
+    model = zero_ref.wrap(module, 3, bucket_cap_mb=cap)
+    seen = []
+    for layer in module:
+        layer.register_forward_hook(lambda *_: seen.append(
+            sum(u.flat.untyped_storage().nbytes() > 0 for u in model.units)), prepend=True)
+    for _ in range(2):
+        seen.clear()
+        model(torch.ones(1, 64)).sum().backward()
+    return max(seen)
+
+
+@pytest.mark.parametrize("units", [1, 2, 4])
+def test_one_bucket_is_gathered_ahead(units):
+    """However many units it has: the one that computes, and the next one."""
+    cap = units * (64 * 64 + 64) * FP32 / 2**20
+    assert toy.ranks(most_units_gathered, 2, cap) == [2 * units] * 2
+
+
 def used_again(cap):
     """The first unit runs once more after the second one."""
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""The collectives that ZeRO needs. No other file sends anything between ranks.
+"""The collectives that ZeRO needs. Every message of a stage is started by one of them.
 
 Each takes flat, contiguous buffers and returns a `Handle` at once; the result may be used after
 `handle.wait()`. A buffer's *slices* are its world_size equal parts; slice r belongs to rank r.
@@ -9,13 +9,13 @@ With N ranks and a buffer of B bytes, each rank has to send
     all_gather       (N-1)/N·B
     all_reduce       2·(N-1)/N·B, because it is a reduce_scatter followed by an all_gather
 
-The last three also take lists of buffers, a *bucket*, which then travel in one message per rank:
-small messages cost what it takes to wake up a process, whatever is in them.
+The last three also take a list of buffers, which then share one message per rank: what a small
+message costs is the waking up of a process, and not its bytes.
 
 Sums are taken in rank order, on every backend: a rank receives everybody's part of its own slice
 and adds them up from left to right. So the bits of a sum do not depend on where a buffer happens to
-be cut, and that is why all stages end with the same weights, bit for bit, at any world size. The
-built-in reduce-scatter of NCCL or gloo adds in an order of its own.
+be cut, and that is why, whatever the world size, all stages end with the same weights, bit for bit.
+The built-in reduce-scatter of NCCL or gloo adds in an order of its own.
 
 A collective is a generator, which yields what it waits for. How messages travel, and what resumes
 the generator while the caller computes, is in engine/transport.py.
@@ -59,8 +59,8 @@ def reduce_scatter(out: Buffers, flat: Buffers, group, *, unit: str, phase: str,
                    divide_by: int = 1) -> Handle:
     """Sum `flat` over the ranks, then divide; this rank gets its own slice of the result.
 
-    flat: (world_size * n,), out: (n,), or as many of each. `out` may be this rank's slice of `flat`
-    itself, which is overwritten in any case.
+    flat: (world_size * n,), out: (n,), or as many of each. `flat` may be overwritten, and `out` may
+    be this rank's slice of it.
     """
     outs, flats = _listed(out), _listed(flat)
     return _issue("reduce_scatter", flats, group, unit, phase,

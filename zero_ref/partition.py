@@ -2,21 +2,20 @@
 
 A unit is what is gathered, reduced and freed together: usually one layer. Its parameters lie one
 after another in a flat buffer, which is cut into world_size equal slices; slice r is the shard of
-rank r. Parameters and slices begin at multiples of 16 bytes, so there may be padding before each.
-A weight of ten and a bias of three elements in fp32, on two ranks:
+rank r. Parameters and slices begin at multiples of 16 bytes, so there may be padding between
+parameters and at the end. A weight of ten and a bias of three elements in fp32, on two ranks:
 
     flat buffer   w w w w w w w w w w · · b b b ·      · is padding
     slices        [-- rank 0 ---] [-- rank 1 ---]
 
-A parameter may lie in several slices, and a slice in several parameters. The stages differ in what
-a rank keeps (`Keeps`): everything, or its shard alone.
+A parameter may lie in several slices, and a slice may hold parts of several parameters. The stages
+differ in what a rank keeps (`Keeps`): everything, or its shard alone.
 
-Frozen parameters (requires_grad=False) have no gradient and no optimizer state. They get a flat
-buffer of their own beside the unit's trainable one. So does each dtype.
+Frozen parameters (requires_grad=False) have no gradient and no optimizer state, so those of a
+module are a unit of their own, and so are those of each further dtype.
 
-`params` are the module's, views of `flat`. The optimizer updates `master`, and sees `owned`, views
-of that. It is the same memory as what this rank keeps in `shard`; with mixed precision, a copy of
-that in fp32.
+`params` are the module's, views of `flat`. The optimizer updates `master`, and sees views of that,
+`owned`. The master is `shard` itself or, with mixed precision, a copy of it in the module's dtype.
 """
 
 from collections import defaultdict
@@ -55,14 +54,11 @@ class Layout:
         self.sizes, self.world_size = list(sizes), world_size
         self.starts, end = [], 0
         for size in sizes:
-            self.starts.append(_round_up(end, step))
+            self.starts.append(-(-end // step) * step)  # rounded up
             end = self.starts[-1] + size
         self.numel = sum(sizes)
-        self.shard_numel = _round_up(-(-end // world_size), step)
+        self.shard_numel = -(-end // (step * world_size)) * step
         self.padded_numel = self.shard_numel * world_size
-
-    def slice_of(self, rank: int) -> slice:
-        return slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
 
     def span(self, index: int, rank: int) -> tuple[int, int]:
         """Which elements of a parameter, from begin to end, lie in this rank's slice."""
@@ -75,8 +71,8 @@ class Unit(Layout):
     """The parameters of one module, trainable or frozen, as one flat buffer."""
 
     flat: Tensor  # the parameters, (padded_numel,)
-    shard: Tensor  # what this rank keeps up to date of them: its slice, or everything
-    master: Tensor  # what the optimizer updates: `shard`, or a copy of it in fp32
+    shard: Tensor  # what this rank updates of them: its slice, or at stage 0 everything
+    master: Tensor  # what the optimizer updates: `shard`, or a copy of it in higher precision
     owned: list[nn.Parameter]  # what it sees of each parameter: a view of `master`
     version: int  # of `master`, when the module's parameters last followed it
 
@@ -92,8 +88,9 @@ class Unit(Layout):
         self.slots = slots  # for each, the (module, attribute) pairs where it hangs: tied, several
         self.frozen = not params[0].requires_grad
         self.dtype, self.grad_dtype = precision  # of `flat`, and of gradients when reduced
-        self.rank, self.own_slice = rank, self.slice_of(rank)
-        self.kept_grads: dict[torch.dtype, Tensor] = {}  # the memory that they stay in
+        self.rank = rank
+        self.own_slice = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+        self.kept_grads: dict[torch.dtype, Tensor] = {}  # memory for gradients, the same every step
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
         self.gathering: Any = None  # the all_gather in flight that will fill it
@@ -135,7 +132,7 @@ class Unit(Layout):
         return self.master.dtype != self.flat.dtype
 
     def publish(self) -> None:
-        """The master copy has new values: so gets the shard."""
+        """Copy the master's new values into the shard, if it is not the same memory."""
         if self.mixed:
             self.shard.copy_(self.master)
 
@@ -187,8 +184,8 @@ class Unit(Layout):
     def deliver(self, reduced: Tensor, missing: set[int]) -> bool:
         """Give the optimizer its mean gradient, in the master's dtype. reduced: like `shard`.
 
-        missing: parameters that this rank had none for, see the note in engine/backward.py. Returns
-        whether it was added to one that was there, so that `reduced` is of no use any more.
+        missing: parameters that this rank had none for, see the note in engine/backward.py.
+        Returns whether it was added to an earlier one.
         """
         added = any(p.grad is not None for p in self.owned)
         if reduced.dtype != self.master.dtype:
@@ -241,7 +238,3 @@ def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_s
         raise ValueError(f"{type(module).__name__} has no trainable parameters: nothing to "
                          "partition. At least one parameter needs requires_grad=True")
     return result
-
-
-def _round_up(number, step):
-    return -(-number // step) * step

@@ -9,16 +9,18 @@
     Phase 3  deliver     when a unit's mean has arrived, the optimizer's parameters get it
     Phase 4  step        every rank updates every parameter, all in the same way
 
-The later stages have these four phases too, and keep less after each. Small units that follow one
-another share a message, a *bucket* of at most bucket_cap_mb.
+The later stages have the same four phases, and keep less. Small units that follow one another form
+a *bucket*: they share messages, and are reduced when all of them are ready.
 
 The optimizer does not see the module's own parameters but `model.parameters()`. At this stage
 those are views of the same memory, in the same shapes; from stage 1 on, this rank's part of each.
-The module's own parameters only ever carry the local gradient of the backward that is running.
+The module's own parameters carry local gradients only, from a backward that is running or, inside
+no_sync(), has run.
 
-Who calls what: PyTorch calls `_forward`; autograd `_begin_backward` when it has the gradient of the
-model's output, `_on_grad` for each parameter, `_finish_backward` at its end; the optimizer
-`_after_step`. All else that a wrapped module can do is in engine/shell.py.
+Who calls what: the shell (engine/shell.py), which looks like an nn.Module, calls `_forward`, and
+`_after_step` when an optimizer has stepped; each unit's module `_pre_forward`; autograd
+`_begin_backward` with the gradient of the model's output, `_on_grad` with that of a parameter, and
+`_finish_backward` at its end.
 
 Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Training, VLDB 2020.
 """
@@ -39,7 +41,7 @@ class Stage0(Shell):
 
     stage = 0
     keeps = Keeps(params=FULL, grads=FULL, states=FULL)
-    in_flight = 1  # buckets that are reduced at one time; more would need more memory
+    max_in_flight = 1  # buckets being reduced at one time; for each, a landing buffer is needed
 
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
@@ -69,10 +71,10 @@ class Stage0(Shell):
                 tensor.register_hook(self._weak_hook(method, *args))
 
     def _begin_backward(self, grad: Tensor | None = None) -> None:
-        """Runs at the model's output, so also on a rank where no parameter gets a gradient; at the
-        first parameter, should the output be hidden."""
+        """At the model's output, so also on a rank where no parameter gets a gradient. If no tensor
+        was found in the output, at the first parameter."""
         if self._backward is None:
-            self._backward = Backward(self, self._reduced_together, self._finish_backward)
+            self._backward = Backward(self, self._reduce_buckets, self._finish_backward)
 
     def _on_grad(self, unit: Unit, index: int, param: Tensor) -> None:
         """Runs when autograd has accumulated one parameter's gradient."""
@@ -84,10 +86,10 @@ class Stage0(Shell):
             self._backward.collect(unit, index)
         self._backward.ready[unit].add(index)
         if self._backward.complete([unit]):
-            self._unit_ready(unit)
+            self._reduce_complete()
 
-    def _unit_ready(self, unit: Unit) -> None:
-        """All of the unit's gradients are there: reduce its bucket, unless others come first."""
+    def _reduce_complete(self) -> None:
+        """Start to reduce the next buckets in the queue, as long as their gradients are there."""
         backward = self._backward
         while (self._sync and backward.queue and backward.complete(backward.queue[-1])
                and not backward.others_come_first()):
@@ -96,7 +98,7 @@ class Stage0(Shell):
     def _start_reduction(self, bucket: Bucket) -> None:
         for unit in bucket:
             self._backward.fill_missing(unit)
-        while len(self._backward.in_flight) >= self.in_flight:
+        while len(self._backward.in_flight) >= self.max_in_flight:
             self._finish_reduction()
         self._backward.in_flight.append((bucket, *self._reduce(bucket)))
         if not self.overlap:
@@ -116,7 +118,7 @@ class Stage0(Shell):
         handle.wait()
         for unit, grad in zip(bucket, reduced):
             if unit.deliver(grad, self._backward.missing[unit]):
-                del self._backward.grads[unit]  # else it stays, for p.grad lies in it
+                del self._backward.grads[unit]  # it has been added to an earlier one
         return bucket
 
     def _finish_backward(self) -> None:
@@ -135,4 +137,4 @@ class Stage0(Shell):
 
     def _after_step(self, units: list[Unit]) -> None:
         for unit in units:
-            unit.publish()  # nothing without mixed precision: they are one
+            unit.publish()

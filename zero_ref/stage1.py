@@ -38,7 +38,7 @@ class Stage1(Stage0):
         return reduced, handle
 
     def _reduce_into(self, unit: Unit) -> Tensor:
-        """Where this rank's slice of the sum will be: in place, where the others stay local."""
+        """Where this rank's slice of the mean goes: in place. The other slices stay local."""
         return self._backward.grads[unit][unit.own_slice]
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
@@ -46,7 +46,7 @@ class Stage1(Stage0):
     def _after_step(self, units):
         super()._after_step(units)
         handles = []
-        for bucket in self._gathered_together:
+        for bucket in self._gather_buckets:
             stepped = Bucket(unit for unit in bucket if unit in units)
             if stepped:
                 handles.append(comm.all_gather(

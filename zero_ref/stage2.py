@@ -4,9 +4,8 @@ Stage 1 plus one partition: the sum of a unit's gradients goes into a buffer of 
 size, so that the full buffer is freed as soon as it has been reduced:
 
     Phase 2  backward    one reduce_scatter per unit, as at stage 1. Full gradient buffers exist
-                         only for the unit that fills up, the one in flight, and the root, whose
-                         parameters are used first and last (and for units that run in another
-                         order than they were defined, until their turn comes)
+                         only for the bucket that fills up, the one in flight, and those whose
+                         turn has not come: the root's, whose parameters are used first and last
     Phase 3  deliver     what is left of a unit's gradients is this rank's slice
 
 Ψ·(N-1)/N + Ψ·(N-1)/N elements sent, as at stage 1. Rajbhandari et al., ZeRO, section 5.2.

@@ -13,20 +13,24 @@ after, so the all_gather after the step is gone:
 Together 3Ψ·(N-1)/N, 1.5 times stage 0. At the peak there are the shards and the units that are
 gathered at one time: the one that computes, the one that comes next, and the root's own parameters.
 
-A unit's flat buffer keeps its address in every view that autograd has saved. Resharding means
-emptying the storage behind them (`untyped_storage().resize_(0)`), not pointing the parameter
-elsewhere: saved views would keep the old memory alive.
+Views of parameters that autograd has saved share the flat buffer's storage. Resharding empties that
+storage (`untyped_storage().resize_(0)`), and unsharding refills it, so the saved views are valid
+again. Pointing a parameter elsewhere would leave the old memory to the saved views.
 
 All ranks have to run the same units in the same order, because everyone's shard is needed. What a
 unit takes and returns has to be made of tensors in tuples, lists, dicts and dataclasses: backward
 is noticed there. A tensor that leaves a unit by another way (an attribute, a hook's capture) and
 gets a gradient is not, and its backward may come when the parameters are not there.
 
+Who calls what, beside stage 0's list: each unit's module `_post_forward`; autograd `_pre_backward`
+and `_post_backward` at a unit's outputs and inputs. By which calls of a unit a backward comes, and
+which unit comes next, is in engine/calls.py; what a module shows while parameters are not there, in
+engine/placeholder.py.
+
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of PyTorch's FSDP2.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
 
 import torch
 
@@ -49,13 +53,13 @@ class Stage3(Stage2):
 
     def _register_hooks(self):
         hooks = super()._register_hooks()
-        # How many buckets are gathered ahead. Checking compares what ranks do next: in one order.
+        # How many buckets are gathered ahead. check=True wants one order of all collectives: none.
         self.prefetch = 1 if self.overlap and self._checker is None else 0
         self._passes, self._calls = {"forward": Pass(), "backward": Pass()}, Calls()
         self._units_of = defaultdict(list)  # module -> its units: trainable, frozen, by dtype
         for unit in self.units:
             self._units_of[unit.module].append(unit)
-        self._bucket_of = {unit: bucket for bucket in self._gathered_together for unit in bucket}
+        self._bucket_of = {unit: bucket for bucket in self._gather_buckets for unit in bucket}
         after = torch.compiler.disable(self._weak_hook("_post_forward"))
         for submodule in self._units_of.keys() - {self.module}:  # the root's turn is in _forward
             hooks.append(submodule.register_forward_hook(after))
@@ -68,7 +72,7 @@ class Stage3(Stage2):
 
     # ---- unshard and reshard ---------------------------------------------------------------------
 
-    def _unshard(self, units: Iterable[Unit], phase: str) -> None:
+    def _unshard(self, units: list[Unit], phase: str) -> None:
         """Start to gather the full parameters of these units, where they are not there yet."""
         bucket = Bucket(unit for unit in units if unit.resharded)
         if bucket and not self._in_full_params:
@@ -92,13 +96,15 @@ class Stage3(Stage2):
         """Gather a module's units, and start to gather what will be needed next, so that it
         arrives while this one computes."""
         this_pass = self._passes[phase]
-        this_pass.now.append(submodule)
+        this_pass.arrived(submodule, self._units_of[submodule])
         for unit in self._units_of[submodule]:
             self._unshard(this_pass.together(unit, self._bucket_of[unit]), phase)
             self._wait_for_unshard(unit)
-        for _ in range(self.prefetch):
-            for unit in this_pass.next_resharded(self._units_of):
+        while (len(this_pass.ahead) < self.prefetch
+               and (following := this_pass.next_resharded(self._units_of))):
+            for unit in following:
                 self._unshard(this_pass.together(unit, self._bucket_of[unit]), phase)
+            this_pass.ahead.append({u for unit in following for u in self._bucket_of[unit]})
 
     def _reshard(self, unit: Unit) -> None:
         """Free all but this rank's shard."""
@@ -108,7 +114,7 @@ class Stage3(Stage2):
 
     def _free(self, unit: Unit) -> None:
         show_in_module(unit, unit.placeholders)
-        if self._backward is None:  # in backward a checkpoint compares shapes of what it kept
+        if self._backward is None:  # in backward, checkpointing compares shapes of saved tensors
             self._empty(unit)
         unit.flat.untyped_storage().resize_(0)
         unit.gathered = False
@@ -126,7 +132,7 @@ class Stage3(Stage2):
         output = super()._forward(args, kwargs)
         output = self._post_forward(self.module, args, output)
         for unit in self.units:
-            if unit.gathering is not None:  # this forward took another way than the last one
+            if unit.gathering is not None:  # this forward took another path than the last one
                 self._reshard(unit)
         return output
 
@@ -179,11 +185,11 @@ class Stage3(Stage2):
             self._unshard_module(module, "backward")
 
     def _post_backward(self, mark, grad):
-        """Runs when autograd has the gradient of one of the unit's inputs. With the last one of its
-        last call it has those of the parameters too: reshard and reduce.
+        """Runs when autograd has the gradient of one of the unit's inputs. When it has the last one
+        of the unit's last call, it has those of the parameters too: reshard and reduce.
 
-        Stages 0 to 2 reduce when the last gradient is there. Here it may not wait for a gradient
-        that only other ranks have: between gathers, all ranks have to reduce at the same point.
+        Stages 0 to 2 reduce when the last gradient is there. This stage must not wait for one that
+        only other ranks have: between gathers, all ranks have to reduce at the same point.
         """
         backward, last = self._backward, self._calls.leave(mark)
         if mark.expected == 0:
@@ -196,8 +202,8 @@ class Stage3(Stage2):
                 backward.queue.remove(bucket)
                 self._start_reduction(bucket)
 
-    def _unit_ready(self, unit):
-        """All of the unit's gradients are there: this stage waits for _post_backward."""
+    def _reduce_complete(self):
+        """This stage waits for _post_backward."""
 
     def _leave_backward(self):
         super()._leave_backward()
@@ -215,7 +221,7 @@ class Stage3(Stage2):
     def _after_step(self, units):
         for unit in units:
             unit.publish()
-            # Gathered still, if a forward was not followed by its backward: outdated.
+            # Still gathered if a forward had no backward; what it has is outdated now.
             self._reshard(unit)
 
     # ---- full parameters -------------------------------------------------------------------------

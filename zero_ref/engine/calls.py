@@ -59,13 +59,22 @@ class Calls:
 
 
 class Pass:
-    """In which order modules come, forward or backward. What came last time will again."""
+    """In which order modules come, forward or backward. What came last time will again.
+
+    gathered: units that this pass has gathered. ahead: sets of units that were gathered ahead, and
+    of which none has been needed yet.
+    """
 
     def __init__(self):
-        self.last, self.now, self.gathered = [], [], set()
+        self.now = []
+        self.begin()
 
     def begin(self):
-        self.last, self.now, self.gathered = self.now, [], set()
+        self.last, self.now, self.gathered, self.ahead = self.now, [], set(), []
+
+    def arrived(self, module, units):
+        self.now.append(module)
+        self.ahead = [those for those in self.ahead if those.isdisjoint(units)]
 
     def together(self, unit, bucket):
         """Which of the bucket's units to gather when `unit` is needed: those that this pass needs

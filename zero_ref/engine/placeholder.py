@@ -2,7 +2,7 @@
 
 It has the parameter's shape, dtype and device, and costs no memory, because it is a view of the
 unit's emptied buffer. Whatever would read or write its values raises an error that says what to do
-instead.
+instead. (Tensors that autograd has saved are another matter: see stage3.py.)
 """
 
 import torch

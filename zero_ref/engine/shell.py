@@ -45,8 +45,8 @@ class Shell(nn.Module):
         owned = {name: p for u in self.trainable for name, p in zip(u.names, u.owned)}
         self._named_parameters = [(name, owned[name]) for name in original_names]
         cap = int(bucket_cap_mb * 2**20)
-        self._reduced_together = buckets(self.trainable, cap, lambda unit: unit.grad_dtype)
-        self._gathered_together = buckets(units, cap, lambda unit: unit.dtype)
+        self._reduce_buckets = buckets(self.trainable, cap, lambda unit: unit.grad_dtype)
+        self._gather_buckets = buckets(units, cap, lambda unit: unit.dtype)
 
         hooks = self._register_hooks()
         members = weakref.WeakSet(module.modules())

@@ -26,7 +26,7 @@ _TAGS = {"broadcast": 1910, "reduce_scatter": 1911, "all_gather": 1912,
 
 # Bytes. The C library gives free memory back to the kernel when there is more of it than twice the
 # largest block that was ever freed, and gets it again page by page, which costs a small model a
-# tenth of its step. So such a block is allocated and freed once.
+# tenth of its step. So each lane allocates and frees such a block once.
 _KEEP = 8 << 20
 
 
@@ -138,7 +138,7 @@ class Lane(threading.Thread):
 
     def __init__(self):
         super().__init__(name="zero_ref.comm", daemon=True)
-        torch.empty(_KEEP, dtype=torch.uint8)
+        bytes(_KEEP)
         self._line = queue.SimpleQueue()
         self.start()
 
