@@ -196,8 +196,9 @@ def print_report(report: dict[str, Any]) -> None:
     console.print(result)
     console.print()
     console.print(cost)
-    console.print("Peak: all tensors, also activations and messages in flight. It contains one "
-                  f"unit as a whole; the largest has {report['largest_unit']:,} parameters.")
+    console.print("Peak: all tensors, also activations and messages in flight. At stage 3 it "
+                  "contains the\nunits of one message; the largest unit has "
+                  f"{report['largest_unit']:,} parameters.")
     console.print("Sent, by formula: 2Ψ·(N-1)/N at stages 0, 1, 2 and 3Ψ·(N-1)/N at stage 3, with "
                   "units padded.\n≈: DDP's share of what the kernel counted on the loopback device."
                   "\n")
