@@ -85,11 +85,15 @@ def test_a_parameter_may_be_viewed_as_complex():
 # ---- messages ------------------------------------------------------------------------------------
 
 
+FLAT = torch.empty(0)  # on one device
+
+
 @dataclass(frozen=True)
 class Sized:
     name: str
     padded_numel: int
     dtype: torch.dtype = torch.float32
+    flat: torch.Tensor = FLAT
 
 
 def shared(cap, *units):

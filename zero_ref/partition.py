@@ -193,10 +193,8 @@ class Unit(Layout):
         for index, (p, grad) in enumerate(zip(self.owned, self.owned_views(reduced))):
             if not p.requires_grad or (index in missing and nobody_had_it(grad)):
                 continue
-            if p.grad is not None:
-                p.grad.add_(grad)
-            else:
-                p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
+            grad = grad if p.grad is None else p.grad.add_(grad)
+            p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
         return added
 
 

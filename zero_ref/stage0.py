@@ -80,9 +80,7 @@ class Stage0(Shell):
         """Runs when autograd has accumulated one parameter's gradient."""
         self._begin_backward()
         if self._sync:
-            if not any(unit in bucket for bucket in self._backward.queue):
-                raise RuntimeError(f"a gradient of {unit.names[index]!r} arrived after those of "
-                                   f"unit {unit.name!r} had been reduced in this backward")
+            self._backward.refuse_late(unit, index)
             self._backward.collect(unit, index)
         self._backward.ready[unit].add(index)
         if self._backward.complete([unit]):

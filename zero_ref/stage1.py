@@ -45,12 +45,8 @@ class Stage1(Stage0):
 
     def _after_step(self, units):
         super()._after_step(units)
-        handles = []
-        for bucket in self._gather_buckets:
-            stepped = Bucket(unit for unit in bucket if unit in units)
-            if stepped:
-                handles.append(comm.all_gather(
-                    [unit.flat for unit in stepped], [unit.shard for unit in stepped], self.group,
-                    unit=stepped.name, phase="step"))
+        stepped = [Bucket(u for u in bucket if u in units) for bucket in self._gather_buckets]
+        handles = [comm.all_gather([u.flat for u in bucket], [u.shard for u in bucket], self.group,
+                                   unit=bucket.name, phase="step") for bucket in stepped if bucket]
         for handle in handles:
             handle.wait()

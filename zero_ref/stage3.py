@@ -23,9 +23,8 @@ is noticed there. A tensor that leaves a unit by another way (an attribute, a ho
 gets a gradient is not, and its backward may come when the parameters are not there.
 
 Who calls what, beside stage 0's list: each unit's module `_post_forward`; autograd `_pre_backward`
-and `_post_backward` at a unit's outputs and inputs. By which calls of a unit a backward comes, and
-which unit comes next, is in engine/calls.py; what a module shows while parameters are not there, in
-engine/placeholder.py.
+and `_post_backward` at a unit's outputs and inputs. See engine/calls.py for which calls of a unit a
+backward comes by, and engine/placeholder.py for what a module shows in place of its parameters.
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of PyTorch's FSDP2.
 """
@@ -36,7 +35,7 @@ import torch
 
 from . import comm
 from .engine.backward import Bucket
-from .engine.calls import Calls, Pass, refuse_opaque, without_fragile
+from .engine.calls import Calls, Pass, without_fragile
 from .engine.placeholder import make_placeholders, show_in_module
 from .engine.tree import tensors_in
 from .partition import SHARD, Keeps, Unit
@@ -158,8 +157,9 @@ class Stage3(Stage2):
             return output
         output = without_fragile(output, units)
         if torch.is_grad_enabled():
-            refuse_opaque(units[0], output)
-            self._on_grad_of(output, "_pre_backward", self._calls.open.pop())
+            call = self._calls.open.pop()
+            call.returns(output, units[0])
+            self._on_grad_of(output, "_pre_backward", call)
         if not self._entered(submodule) and (
                 self.reshard_after_forward or not torch.is_grad_enabled()):
             for unit in units:
@@ -172,6 +172,11 @@ class Stage3(Stage2):
         """Whether backward is between this module's outputs and its inputs."""
         return self._backward is not None and submodule in self._backward.entered
 
+    def _begin_backward(self, grad=None):
+        if self._backward is None:
+            super()._begin_backward()
+            self._calls.expect([*self._calls.of])
+
     def _pre_backward(self, call, grad):
         """Runs when autograd has the gradient of one of the unit's outputs, and needs the rest."""
         if torch.is_grad_enabled():
@@ -179,7 +184,7 @@ class Stage3(Stage2):
                                "uses parameters after their unit was resharded; use stage 2")
         self._begin_backward()
         module = call.mark.module
-        self._calls.enter(module)
+        self._calls.expect([module])
         if not self._entered(module):
             self._backward.entered.add(module)
             self._unshard_module(module, "backward")
@@ -191,7 +196,10 @@ class Stage3(Stage2):
         Stages 0 to 2 reduce when the last gradient is there. This stage must not wait for one that
         only other ranks have: between gathers, all ranks have to reduce at the same point.
         """
-        backward, last = self._backward, self._calls.leave(mark)
+        backward = self._backward
+        if backward is None:  # the gradient of an input that somebody else has kept
+            return
+        last = self._calls.leave(mark)
         if mark.expected == 0:
             backward.entered.discard(mark.module)
         if last:
@@ -207,7 +215,7 @@ class Stage3(Stage2):
 
     def _leave_backward(self):
         super()._leave_backward()
-        self._calls.pending.clear()
+        self._calls.end()
         self._passes["backward"].begin()
         running = {call.mark.module for call in self._calls.open}  # autograd.grad in a forward
         for unit in self.units:

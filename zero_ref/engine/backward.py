@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 
 import torch
 
-_running = defaultdict(list)  # name of a group -> its models' Backwards, as they began
+_running = defaultdict(list)  # name of a group -> weakrefs to its Backwards, as they began
 
 
 class Backward:
@@ -25,7 +25,7 @@ class Backward:
     """
 
     def __init__(self, model, buckets, finish):
-        self.queue, self.model = list(buckets), weakref.ref(model)
+        self.queue = list(buckets)
         self.in_flight = deque()  # (bucket, its reduced gradients, handle)
         self.grads = {}  # unit -> (padded_numel,), this rank's gradients, while they fill up
         self.ready = defaultdict(set)  # unit -> indices of the parameters whose gradient is there
@@ -35,21 +35,27 @@ class Backward:
         self.expected = {unit: sum(p.requires_grad for p in unit.params)
                          for bucket in buckets for unit in bucket}
         self.begun = _running[model.group.group_name]
-        self.begun.append(self)
+        self.begun[:] = [ref for ref in self.begun if ref() is not None]
+        self.begun.append(weakref.ref(self))
         torch.autograd.Variable._execution_engine.queue_callback(finish)
 
     def end(self):
-        self.begun.remove(self)
+        self.begun.remove(weakref.ref(self))
 
     def others_come_first(self):
         """Whether another model that this backward came to earlier still has units to reduce: on
         every rank one comes after the other, also where a gradient is missing."""
-        earlier = self.begun[: self.begun.index(self)]
-        return any(backward.queue for backward in earlier if backward.model() is not None)
+        earlier = [ref() for ref in self.begun[: self.begun.index(weakref.ref(self))]]
+        return any(backward.queue for backward in earlier if backward is not None)
 
     def complete(self, units):
         """Whether all gradients of these units are there."""
         return all(len(self.ready[unit]) >= self.expected[unit] for unit in units)
+
+    def refuse_late(self, unit, index):
+        if not any(unit in bucket for bucket in self.queue):
+            raise RuntimeError(f"a gradient of {unit.names[index]!r} arrived after those of unit "
+                               f"{unit.name!r} had been reduced in this backward")
 
     def collect(self, unit, index):
         """Move one parameter's gradient into the unit's flat buffer, and free the original."""
@@ -83,6 +89,7 @@ class Backward:
 def nobody_had_it(reduced):
     """Whether this part of a reduced gradient says that no rank had one (or is empty)."""
     first = reduced.reshape(-1)[:1]
+    first = first.real if first.is_complex() else first
     return bool(((first == 0) & first.signbit()).all())
 
 
@@ -95,17 +102,18 @@ class Bucket(tuple):
 
 
 def buckets(units, cap, dtype_of):
-    """Neighbours of one dtype share messages of at most `cap` bytes; larger units go alone.
+    """Neighbours of one dtype and device share messages of at most `cap` bytes; others go alone.
 
     The same on every rank and in every step, unlike what happens to be complete at one time.
     """
-    found, room = [], 0
+    found, room, last = [], 0, None
     for unit in units:
-        nbytes, dtype = unit.padded_numel * dtype_of(unit).itemsize, dtype_of(unit)
-        if found and nbytes <= room and dtype == dtype_of(found[-1][-1]):
+        nbytes = unit.padded_numel * dtype_of(unit).itemsize
+        kind = dtype_of(unit), unit.flat.device
+        if found and nbytes <= room and kind == last:
             found[-1].append(unit)
             room -= nbytes
         else:
             found.append([unit])
-            room = cap - nbytes
+            room, last = cap - nbytes, kind
     return [Bucket(bucket) for bucket in found]

@@ -11,17 +11,31 @@ from .tree import map_tensors, tensors_in
 class Call:
     """One forward of a unit. Alive as long as its graph, because the hooks at its outputs hold it.
 
-    The hooks at its inputs hold `mark` alone: if they held the nodes, which hold them, the graph
-    would stay until Python's garbage collector comes, on every rank at another time.
+    It holds autograd's nodes of its inputs, and those before its first output. The hooks at its
+    inputs hold `mark` alone: if a node's hook held that node, the graph would stay until Python's
+    garbage collector comes, on every rank at another time.
     """
 
     def __init__(self, module, inputs):
-        self.mark, self.nodes = Mark(module), [x.grad_fn for x in inputs]
+        self.mark, self.inputs, self.last = Mark(module), [x.grad_fn for x in inputs], []
+
+    def returns(self, output, unit):
+        if output is not None and not isinstance(output, torch.Tensor) and not tensors_in(output):
+            raise RuntimeError(
+                f"unit {unit.name!r} returned {type(output).__name__}, in which no tensor was "
+                "found: stage 3 has to notice when backward comes back, so a unit returns tensors, "
+                "or tuples, lists, dicts or dataclasses of them")
+        nodes = [x.grad_fn for x in tensors_in(output) if x.grad_fn is not None]
+        if nodes:
+            first = min(nodes, key=lambda node: node._sequence_nr())
+            self.last = [node for node, _ in first.next_functions
+                         if node is not None and not hasattr(node, "variable")]
 
     def expect(self):
-        """Whether the running backward comes by here, and so to how many of the inputs."""
-        self.mark.expected = sum(map(torch._C._will_engine_execute_node, self.nodes))
-        return self.mark.expected > 0
+        """Whether the running backward comes by here, and at how many of the inputs it leaves."""
+        will_run = torch._C._will_engine_execute_node
+        self.mark.expected = sum(map(will_run, self.inputs))
+        return self.mark.expected > 0 or any(map(will_run, self.last))
 
 
 class Mark:
@@ -35,27 +49,34 @@ class Calls:
     def __init__(self):
         self.of = defaultdict(WeakSet)  # module -> its Calls
         self.open = []  # those whose forward is running, the innermost last
-        self.pending = {}  # module -> Marks of those that this backward has yet to leave
-        self.endless = set()  # modules that backward does not leave: an input needs no gradient
+        self.pending = defaultdict(set)  # module -> Marks of those this backward has yet to leave
+        self.known = set()  # Marks of those that this backward has been asked about
 
     def begin(self, module, inputs, recomputing):
         self.open.append(Call(module, inputs))
-        if not inputs:
-            self.endless.add(module)
         if not recomputing:
             self.of[module].add(self.open[-1])
         return self.open[-1].mark
 
-    def enter(self, module):
-        if module not in self.pending:
-            self.pending[module] = {call.mark for call in self.of[module] if call.expect()}
+    def expect(self, modules):
+        """Ask autograd which of these modules' calls the running backward comes by. For all when it
+        begins; re-entrant checkpointing adds new ones, and runs a backward of its own for them."""
+        for call in [call for module in modules for call in self.of[module]]:
+            if call.mark not in self.known:
+                self.known.add(call.mark)
+                if call.expect():
+                    self.pending[call.mark.module].add(call.mark)
 
     def leave(self, mark):
         """Backward has another gradient of an input. Returns whether it has left the module."""
         mark.expected -= 1
         if mark.expected == 0:
             self.pending[mark.module].discard(mark)
-        return not self.pending[mark.module] and mark.module not in self.endless
+        return mark in self.known and not self.pending[mark.module]
+
+    def end(self):
+        self.pending.clear()
+        self.known.clear()
 
 
 class Pass:
@@ -113,10 +134,3 @@ def _is_fragile(x, storages):
         (x.requires_grad and (x._is_view() or bool(x._backward_hooks)))
         or x.untyped_storage().data_ptr() in storages)
 
-
-def refuse_opaque(unit, output):
-    if output is not None and not isinstance(output, torch.Tensor) and not tensors_in(output):
-        raise RuntimeError(
-            f"unit {unit.name!r} returned {type(output).__name__}, in which no tensor was "
-            "found: stage 3 has to notice when backward comes back, so a unit returns tensors, "
-            "or tuples, lists, dicts or dataclasses of them")

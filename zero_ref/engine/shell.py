@@ -44,7 +44,7 @@ class Shell(nn.Module):
         self.trainable = [unit for unit in units if not unit.frozen]
         owned = {name: p for u in self.trainable for name, p in zip(u.names, u.owned)}
         self._named_parameters = [(name, owned[name]) for name in original_names]
-        cap = int(bucket_cap_mb * 2**20)
+        cap = bucket_cap_mb * 2**20
         self._reduce_buckets = buckets(self.trainable, cap, lambda unit: unit.grad_dtype)
         self._gather_buckets = buckets(units, cap, lambda unit: unit.dtype)
 
@@ -157,6 +157,7 @@ class Shell(nn.Module):
         if self._in_full_params:
             yield {}
             return
+        self._follow([u for u in self.trainable if u.version != u.master._version])
         full_of = {unit: self._pin(unit) for unit in self.units}
         self._in_full_params = True
         try:

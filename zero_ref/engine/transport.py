@@ -109,14 +109,14 @@ _streams: dict[tuple, torch.cuda.Stream] = {}
 
 def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[], object]:
     """Run a collective's generator. Returns a function that waits until it is done."""
-    key = (group.group_name, op, device)
     if on_gloo(device, group):
-        if key not in _lanes:
-            _lanes[key] = Lane()
-        return _lanes[key].issue(steps).result
+        if (group.group_name, op) not in _lanes:
+            _lanes[group.group_name, op] = Lane()
+        return _lanes[group.group_name, op].issue(steps).result
     if device.type != "cuda":
         _run(steps)
         return lambda: None
+    key = (group.group_name, op, device)
     if key not in _streams:
         _streams[key] = torch.cuda.Stream(device)
     _streams[key].wait_stream(torch.cuda.current_stream(device))

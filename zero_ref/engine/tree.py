@@ -20,7 +20,7 @@ def map_tensors(fn, value):
         return _map_leaf(fn, value)
     if type(value) is tuple:
         return tuple([map_tensors(fn, item) for item in value])
-    if value == {}:
+    if type(value) is dict and not value:
         return value
     return tree_map(lambda leaf: _map_leaf(fn, leaf), value)
 

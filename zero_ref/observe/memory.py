@@ -40,8 +40,10 @@ def model_states(numel: float | Sequence[Sequence[int]], world_size: int, stage:
         raise ValueError(f"rank={rank}, world_size={world_size}: must be 0 <= rank < world_size")
     if mixed_precision is not None:
         param_dtype, grad_dtype = mixed_precision.param_dtype, mixed_precision.reduce_dtype
-    if not isinstance(numel, int | float):
+    if isinstance(numel, Sequence):
         narrowest = min(param_dtype.itemsize, grad_dtype.itemsize)
+        if mixed_precision is not None:  # of a module in fp32
+            narrowest = min(narrowest, torch.float32.itemsize)
         units = [Layout(sizes, world_size, narrowest) for sizes in numel]
         full, own = sum(u.padded_numel for u in units), sum(u.shard_numel for u in units)
         spans = [u.span(index, rank) for u in units for index in range(len(u.sizes))]
