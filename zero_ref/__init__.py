@@ -3,7 +3,11 @@
 Read comm, partition, stage0, stage1, stage2, stage3, in this order.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch.distributed as dist
+from torch import nn
 
 from .engine import agreement
 from .engine import check as checking
@@ -27,8 +31,11 @@ __version__ = "0.1.0"
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
 
 
-def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
-         reshard_after_forward=True, overlap=True, check=False, bucket_cap_mb=1):
+def wrap(module: nn.Module, stage: int, *,
+         units: type | tuple[type, ...] | Callable[[nn.Module], bool] | None = None,
+         process_group: dist.ProcessGroup | None = None,
+         mixed_precision: MixedPrecision | None = None, reshard_after_forward: bool = True,
+         overlap: bool = True, check: bool = False, bucket_cap_mb: float = 1) -> Stage0:
     """Train `module` in data parallel at ZeRO stage 0, 1, 2 or 3. Called on every rank.
 
     units: which submodules are gathered, reduced and freed together: a module class, a tuple of
@@ -68,7 +75,7 @@ def wrap(module, stage, *, units=None, process_group=None, mixed_precision=None,
         problem = error
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
-    options = {"overlap": overlap, "mixed_precision": mixed_precision,
+    options: dict[str, Any] = {"overlap": overlap, "mixed_precision": mixed_precision,
                "checked": bool(check) or checking.wanted(), "bucket_cap_mb": bucket_cap_mb}
     if stage == 3:
         options["reshard_after_forward"] = reshard_after_forward

@@ -1,6 +1,7 @@
 """What makes a stage look like any nn.Module. The algorithms are the stages' own."""
 
 import weakref
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -109,7 +110,7 @@ class Shell(nn.Module):
         for unit in units:
             unit.version = unit.master._version
 
-    def clip_grad_norm_(self, max_norm, norm_type=2.0):
+    def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0) -> torch.Tensor:
         """Scale all gradients so that their global norm is at most `max_norm`.
 
         Returns the norm before clipping, a 0-dim tensor with the same bits on every rank and at
@@ -118,7 +119,7 @@ class Shell(nn.Module):
         return clip.clip_grad_norm_(self, max_norm, float(norm_type))
 
     @contextmanager
-    def no_sync(self):
+    def no_sync(self) -> Iterator[None]:
         """Inside, backward sends nothing and accumulates local gradients, a full set of them at
         every stage. The first backward outside reduces the sum; `model.zero_grad()` drops it."""
         before, self._sync = self._sync, False
@@ -135,13 +136,14 @@ class Shell(nn.Module):
 
     # ---- names and values ------------------------------------------------------------------------
 
-    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True
+                         ) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) for each trainable parameter, as this rank's optimizer sees it."""
         for name, p in self._named_parameters:
             yield f"{prefix}.{name}" if prefix else name, p
 
     @contextmanager
-    def full_params(self):
+    def full_params(self) -> Iterator[None]:
         """All parameters in full, in `model.module`, on every rank (so all must enter together).
         What rank 0 writes into them there is kept. With mixed precision, in full precision."""
         with self._all_pinned() as full_of, torch.no_grad():
@@ -185,14 +187,14 @@ class Shell(nn.Module):
         unit.adopt(full)
         unit.version = unit.master._version
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """Full, unpadded copies under the original names, on every rank (so all must call it).
         With mixed precision, the values of the master copy."""
         with self._all_pinned():
             return {name: value.clone() if isinstance(value, torch.Tensor) else value
                     for name, value in self.module.state_dict().items()}
 
-    def load_state_dict(self, state_dict, strict=True):
+    def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True):
         """Takes what `state_dict()` or the bare module's gives. Rank 0's values are kept."""
         with self.full_params():
             result = self.module.load_state_dict(state_dict, strict)
