@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINE = [f"zero_ref/{name}.py" for name in (
     "comm", "partition", "stage0", "stage1", "stage2", "stage3")]
 ENGINE += sorted(f"zero_ref/engine/{file.name}" for file in (ROOT / "zero_ref/engine").glob("*.py"))
-FIRST = [f"tests/test_{name}.py" for name in ("same_bits", "state_dict", "bytes", "bad_input")]
+FIRST = [f"tests/test_{name}.py" for name in (
+    "arithmetic", "same_bits", "state_dict", "bytes", "bad_input")]
 APART = {f"tests/test_{name}.py" for name in (
     "bench", "cli", "readme", "data", "launch", "huggingface", "gpu")}  # not about the engine
 GPU_ONLY = {"unstage"}  # functions that do nothing without a GPU

@@ -100,9 +100,11 @@ class Shell(nn.Module):
     def _drop_failed_backward(self):
         """A backward that raised never came to its end: forget it, or the next would add to it."""
         if self._backward is not None and torch._C._current_graph_task_id() == -1:  # none runs
-            for _, _, handle in self._backward.in_flight:
-                handle.wait()
-            self._leave_backward()
+            try:
+                for _, _, handle in self._backward.in_flight:
+                    handle.wait()
+            finally:
+                self._leave_backward()
 
     def _follow(self, units):
         """The optimizer's parameters of these units have new values: the module's follow."""

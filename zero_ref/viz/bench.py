@@ -8,7 +8,7 @@ GREY = "#777777"
 
 
 def draw(report):
-    """report: what `zero_ref.bench.bench` returned. Returns a matplotlib Figure.
+    """report: what `zero_ref.commands.bench.bench` returned. Returns a matplotlib Figure.
 
     A panel per model and world size: time per step of each system over DDP's in the same round,
     median and range. With several models at one world size, a last panel shows the step time

@@ -6,7 +6,7 @@ from .palette import COMMUNICATION, INK, KINDS
 
 
 def draw(report):
-    """report: what `zero_ref.compare.compare` returned. Returns a matplotlib Figure.
+    """report: what `zero_ref.commands.compare.compare` returned. Returns a matplotlib Figure.
 
     Bars are measurements; the thin black outlines and lines are the formula's values.
     """
