@@ -2,7 +2,7 @@
 
     python tests/mutate.py --baseline                      the unchanged copy has to pass
     python tests/mutate.py --files zero_ref/stage1.py --every 5 --json mutants.jsonl
-    python tests/mutate.py --only stage1.py:54:8 --show    what a mutant is; without --show, run it
+    python tests/mutate.py --only stage1.py:52:12 --show   what a mutant is; without --show, run it
 
 Each mutant is a copy of the package and the tests in a temporary directory. If one test of it takes
 too long, it counts as caught. With --json, results are kept in a file of one JSON object per line,
@@ -38,7 +38,6 @@ FIRST = [f"tests/test_{name}.py" for name in (
     "arithmetic", "same_bits", "state_dict", "bytes", "bad_input")]
 APART = {f"tests/test_{name}.py" for name in (
     "bench", "cli", "readme", "data", "launch", "huggingface", "gpu")}  # not about the engine
-GPU_ONLY = {"unstage"}  # functions that do nothing without a GPU
 
 SWAPS = {
     ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.Is: ("is", "is not"),
@@ -172,10 +171,9 @@ class Finder:
 
 
 def needs_gpu(node):
-    """Whether the body does nothing without a GPU: an `if …nccl…:`, for one."""
-    if isinstance(node, ast.If):
-        return "nccl" in ast.unparse(node.test)
-    return isinstance(node, ast.FunctionDef) and node.name in GPU_ONLY
+    """Whether the body does nothing without a GPU: an `if …nccl…:` or an `if …stream…:`."""
+    return isinstance(node, ast.If) and any(word in ast.unparse(node.test)
+                                            for word in ("nccl", "stream"))
 
 
 class Runner:
@@ -317,7 +315,7 @@ def arguments():
                         default=[*FIRST, *sorted(every_test - APART - {*FIRST})])
     parser.add_argument("--every", type=int, default=1, help="only each N-th mutant")
     parser.add_argument("--offset", type=int, default=0, help="the first of them")
-    parser.add_argument("--only", nargs="+", help="only these mutants: stage1.py:54:8")
+    parser.add_argument("--only", nargs="+", help="only these mutants: stage1.py:52:12")
     parser.add_argument("--survivors", action="store_true", help="run again what had survived")
     parser.add_argument("--show", action="store_true", help="print the changes, run nothing")
     parser.add_argument("--baseline", action="store_true", help="run the tests without a change")
