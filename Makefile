@@ -37,7 +37,7 @@ test: .venv/.installed-test
 	$(BIN)/pytest --nbval notebooks/
 
 bench: .venv/.installed
-	$(BIN)/zero-ref bench --model 3M 15M 57M --rounds 3 --json figures/bench.json \
+	$(BIN)/zero-ref bench --model CNN 3M 15M 57M --rounds 3 --json figures/bench.json \
 	    --figure figures/bench.png $(ARGS)
 
 scale: .venv/.installed

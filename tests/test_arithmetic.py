@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from zero_ref import comm
-from zero_ref.engine.backward import buckets, nobody_had_it
+from zero_ref.engine.backward import nobody_had_it
+from zero_ref.engine.buckets import buckets
 from zero_ref.engine.calls import Pass
 from zero_ref.engine.precision import own_precision
 from zero_ref.engine.tree import map_tensors, tensors_in
@@ -67,8 +68,8 @@ def test_the_optimizer_sees_what_its_rank_owns(params):
     net = nn.Linear(3, 2)
     weight, bias = (p.detach().clone().flatten() for p in net.parameters())
     (unit,) = units_of(net, rank=1, keeps=keeps)
-    assert [p.tolist() for p in unit.owned] == [[], bias.tolist()]  # rank 0 has all of the weight
-    unit.owned[1].data.fill_(5.0)
+    assert [p.tolist() for p in unit.master_params] == [[], bias.tolist()]  # rank 0 has the weight
+    unit.master_params[1].data.fill_(5.0)
     assert (net.bias == 5).all() == (params == FULL)  # a shard has memory of its own
     assert torch.equal(net.weight.flatten(), weight)
 

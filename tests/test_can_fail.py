@@ -115,7 +115,7 @@ def without_one_reduction():
             return
         yield []  # nothing to wait for
         for out, flat in zip(outs, flats):
-            torch.div(comm.own_slice(flat, group), divide_by, out=out)
+            torch.div(comm.rank_slice(flat, group), divide_by, out=out)
 
     return mock.patch.object(comm, "_reduce_scatter", skip_second)
 

@@ -19,7 +19,7 @@ from zero_ref import course, memory, viz
 from zero_ref.observe.recorder import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
 from zero_ref.viz import figures
 from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
-from zero_ref.viz.stepper import StepDrawing, _fitting
+from zero_ref.viz.steps import StepDrawing, _fitting
 
 
 def step(stage, overlap):

@@ -68,7 +68,7 @@ def wrap(module: nn.Module, stage: int, *,
         raise RuntimeError("no process group: call zero_ref.init() in a script started by "
                            "torchrun, or run this function through zero_ref.launch(fn, world_size)")
     group = process_group or dist.group.WORLD
-    problem = units_found = None
+    problem, units_found = None, []
     try:
         units_found = _plan(module, stage, units, mixed_precision, bucket_cap_mb, group)
     except ValueError as error:

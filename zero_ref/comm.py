@@ -9,29 +9,30 @@ With N ranks and a buffer of B bytes, each rank has to send
     all_gather       (N-1)/N·B
     all_reduce       2·(N-1)/N·B, because it is a reduce_scatter followed by an all_gather
 
-The last three also take a list of buffers, which then share one message per rank: what a small
-message costs is the waking up of a process, and not its bytes.
+The last three also take a list of buffers, which then share one message per rank.
 
 Sums are taken in rank order, on every backend: a rank receives everybody's part of its own slice
 and adds them up from left to right. So the bits of a sum do not depend on where a buffer happens to
 be cut, and that is why, whatever the world size, all stages end with the same weights, bit for bit.
 The built-in reduce-scatter of NCCL or gloo adds in an order of its own.
 
-A collective is a generator, which yields what it waits for. How messages travel, and what resumes
-the generator while the caller computes, is in engine/transport.py.
+A collective is a generator, which yields what it waits for; engine/transport.py resumes it.
 """
 
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup as Group
 
 from .engine import check, transport
+from .engine.transport import Steps
 from .observe import trace
 
+Tensors: TypeAlias = list[Tensor]
 Buffers: TypeAlias = Tensor | Sequence[Tensor]
 _CACHED = 1 << 16  # elements that are added up at a time: 256 kB in fp32
 
@@ -50,12 +51,12 @@ class Handle:
 # ---- what the stages call: each collective says which unit and which phase it belongs to ---------
 
 
-def broadcast(flat: Tensor, group, *, unit: str, phase: str) -> Handle:
+def broadcast(flat: Tensor, group: Group, *, unit: str, phase: str) -> Handle:
     """Everyone gets rank 0's values. flat: (numel,)"""
     return _issue("broadcast", [flat], group, unit, phase, transport.broadcast(flat, group))
 
 
-def reduce_scatter(out: Buffers, flat: Buffers, group, *, unit: str, phase: str,
+def reduce_scatter(out: Buffers, flat: Buffers, group: Group, *, unit: str, phase: str,
                    divide_by: int = 1) -> Handle:
     """Sum `flat` over the ranks, then divide; this rank gets its own slice of the result.
 
@@ -67,28 +68,29 @@ def reduce_scatter(out: Buffers, flat: Buffers, group, *, unit: str, phase: str,
                   _reduce_scatter(outs, flats, group, divide_by, "reduce_scatter"))
 
 
-def all_gather(flat: Buffers, own: Buffers, group, *, unit: str, phase: str) -> Handle:
-    """Everyone gets everyone's slice. own: (n,), flat: (world_size * n,), or as many of each.
+def all_gather(flat: Buffers, shard: Buffers, group: Group, *, unit: str, phase: str) -> Handle:
+    """Everyone gets everyone's shard. shard: (n,), flat: (world_size * n,), or as many of each.
 
-    `own` may be this rank's slice of `flat` itself.
+    `shard` may be this rank's slice of `flat` itself.
     """
-    flats, owns = _listed(flat), _listed(own)
+    flats, shards = _listed(flat), _listed(shard)
     return _issue("all_gather", flats, group, unit, phase,
-                  _all_gather(flats, owns, group, "all_gather"))
+                  _all_gather(flats, shards, group, "all_gather"))
 
 
-def all_reduce(flat: Buffers, group, *, unit: str, phase: str, divide_by: int = 1) -> Handle:
+def all_reduce(flat: Buffers, group: Group, *, unit: str, phase: str,
+               divide_by: int = 1) -> Handle:
     """Sum over the ranks, then divide, in place. flat: world_size * n elements, or several such."""
     flats = [buffer.view(-1) for buffer in _listed(flat)]
     return _issue("all_reduce", flats, group, unit, phase, _all_reduce(flats, group, divide_by))
 
 
-def all_gather_object(obj, group, *, phase: str) -> list:
+def all_gather_object(obj: object, group: Group, *, phase: str) -> list:
     """Every rank's (small, picklable) object, in rank order."""
     as_bytes = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
     event = _begin("all_gather_object", [as_bytes], group, "", phase)
     trace.awaited(event)
-    objects = [None] * dist.get_world_size(group)
+    objects: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(objects, obj, group=group)
     trace.end(event)
     return objects
@@ -97,33 +99,33 @@ def all_gather_object(obj, group, *, phase: str) -> list:
 # ---- how ----------------------------------------------------------------------------------------
 
 
-def _reduce_scatter(outs, flats, group, divide_by, op):
+def _reduce_scatter(outs: Tensors, flats: Tensors, group: Group, divide_by: int, op: str) -> Steps:
     flat = _pack(flats, group)
-    out = outs[0] if len(outs) == 1 else own_slice(flat, group)
+    out = outs[0] if len(outs) == 1 else rank_slice(flat, group)
     parts = yield from transport.all_to_all(flat, out, group, op)
     _sum(parts, out, divide_by)
     if len(outs) > 1:
         torch._foreach_copy_(outs, out.split([o.numel() for o in outs]))
 
 
-def _all_gather(flats, owns, group, op):
-    own = owns[0] if len(owns) == 1 else torch.cat(owns)
-    flat = flats[0] if len(flats) == 1 else own.new_empty(own.numel() * dist.get_world_size(group))
-    yield from transport.all_gather(flat, own, group, op)
+def _all_gather(flats: Tensors, shards: Tensors, group: Group, op: str) -> Steps:
+    shard = shards[0] if len(shards) == 1 else torch.cat(shards)
+    flat = flats[0] if len(flats) == 1 else shard.new_empty(sum(flat.numel() for flat in flats))
+    yield from transport.all_gather(flat, shard, group, op)
     if len(flats) > 1:
         _unpack(flat, flats, group)
 
 
-def _all_reduce(flats, group, divide_by):
+def _all_reduce(flats: Tensors, group: Group, divide_by: int) -> Steps:
     flat = _pack(flats, group)
-    own = own_slice(flat, group)
-    yield from _reduce_scatter([own], [flat], group, divide_by, "all_reduce, sum")
-    yield from _all_gather([flat], [own], group, "all_reduce, gather")
+    part = rank_slice(flat, group)
+    yield from _reduce_scatter([part], [flat], group, divide_by, "all_reduce, sum")
+    yield from _all_gather([flat], [part], group, "all_reduce, gather")
     if len(flats) > 1:
         _unpack(flat, flats, group)
 
 
-def _sum(parts, out, divide_by):
+def _sum(parts: Tensors, out: Tensor, divide_by: int) -> None:
     """out = (parts[0] + parts[1] + …) / divide_by, from left to right. The parts are used up.
 
     On a CPU piece by piece, each small enough to stay in its cache from one operation to the next.
@@ -137,20 +139,17 @@ def _sum(parts, out, divide_by):
         torch.div(total, divide_by, out=result)
 
 
-# ---- buffers, slices, events ---------------------------------------------------------------------
-
-
-def own_slice(flat: Tensor, group) -> Tensor:
+def rank_slice(flat: Tensor, group: Group) -> Tensor:
     """flat: (world_size * n,) → this rank's slice of it, (n,)."""
     numel = flat.numel() // dist.get_world_size(group)
     return flat[dist.get_rank(group) * numel :][:numel]
 
 
-def _listed(buffers):
+def _listed(buffers: Buffers) -> Tensors:
     return [buffers] if isinstance(buffers, Tensor) else list(buffers)
 
 
-def _pack(flats, group):
+def _pack(flats: Tensors, group: Group) -> Tensor:
     """Several flat buffers as one: slice r of it holds slice r of each."""
     if len(flats) == 1:
         return flats[0]
@@ -158,24 +157,24 @@ def _pack(flats, group):
     return torch.cat([flat.view(world_size, -1) for flat in flats], dim=1).view(-1)
 
 
-def _unpack(packed, flats, group):
+def _unpack(packed: Tensor, flats: Tensors, group: Group) -> None:
     world_size = dist.get_world_size(group)
     sizes = [flat.numel() // world_size for flat in flats]
     for flat, part in zip(flats, packed.view(world_size, -1).split(sizes, dim=1)):
         flat.view(world_size, -1).copy_(part)
 
 
-def _issue(op, flats, group, unit, phase, steps: Iterator) -> Handle:
+def _issue(op: str, flats: Tensors, group: Group, unit: str, phase: str, steps: Steps) -> Handle:
     event = _begin(op, flats, group, unit, phase)
 
-    def recorded():
+    def recorded() -> Steps:
         yield from steps
         trace.end(event)
 
     return Handle(transport.issue(recorded(), op, flats[0].device, group), event)
 
 
-def _begin(op, flats, group, unit, phase):
+def _begin(op: str, flats: Tensors, group: Group, unit: str, phase: str) -> trace.Event | None:
     numel, nbytes = sum(flat.numel() for flat in flats), sum(flat.nbytes for flat in flats)
     dtype = flats[0].dtype
     check.compare(group, op, unit, phase, numel, dtype)

@@ -2,6 +2,8 @@
 
 import inspect
 import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,14 +13,14 @@ from .tasks import data
 _SCREENFUL = 60  # lines
 
 
-def build(seed=0):
+def build(seed: int = 0) -> nn.Sequential:
     """Three layers for the 8×8 digits: (batch, 1, 8, 8) → (batch, 10) logits. 1,482 parameters."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(),
                          nn.Linear(16, 10))
 
 
-def batch(step, rank, size=8):
+def batch(step: int, rank: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """The images and labels of one rank at one step: of every rank others, (size, 1, 8, 8) and
     (size,)."""
     digits = data.load("digits").train.tensors
@@ -26,7 +28,7 @@ def batch(step, rank, size=8):
     return tuple(tensor[first : first + size].clone() for tensor in digits)
 
 
-def show(*objects):
+def show(*objects: Callable) -> None:
     """Show functions, methods or classes as they are in the package."""
     from IPython.display import display
 
@@ -40,7 +42,7 @@ def show(*objects):
         display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
 
-def verdict(what, predicted, measured):
+def verdict(what: str, predicted: Any, measured: Any) -> None:
     """Hold the learner's prediction against what was measured."""
     if predicted is None:
         print(f"{what}: measured {_number(measured)}. Type your prediction in above and run again.")
@@ -54,14 +56,14 @@ def verdict(what, predicted, measured):
         print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)} — {how}")
 
 
-def same_bits(reference, *others):
+def same_bits(reference: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> bool:
     """Whether state dicts hold the same names with the same bits."""
     return all(reference.keys() == other.keys()
                and all(torch.equal(reference[name], other[name]) for name in reference)
                for other in others)
 
 
-def check_stages(weights):
+def check_stages(weights: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
     """weights: {stage: what state_dict() gave}. Prints which equal stage 0's, bit for bit. Raises
     AssertionError if one does not."""
     for stage, state in weights.items():

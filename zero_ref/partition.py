@@ -15,7 +15,7 @@ Frozen parameters (requires_grad=False) have no gradient and no optimizer state,
 module are a unit of their own, and so are those of each further dtype.
 
 `params` are the module's, views of `flat`. The optimizer updates `master`, and sees views of that,
-`owned`. The master is `shard` itself or, with mixed precision, a copy of it in the module's dtype.
+`master_params`. The master is `shard` itself or, with mixed precision, a copy in higher precision.
 """
 
 from collections import defaultdict
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from .engine import units as rules
 from .engine.backward import nobody_had_it
-from .engine.clip import GradSlice
-from .engine.optimizers import owned_parameter
+from .engine.gradslice import GradSlice
+from .engine.optimizers import master_parameter
 
 FULL, SHARD = "full", "shard"
 ALIGNMENT = 16  # bytes: what vectorized kernels want, and as much as the largest dtype has
@@ -73,7 +73,7 @@ class Unit(Layout):
     flat: Tensor  # the parameters, (padded_numel,)
     shard: Tensor  # what this rank updates of them: its slice, or at stage 0 everything
     master: Tensor  # what the optimizer updates: `shard`, or a copy of it in higher precision
-    owned: list[nn.Parameter]  # what it sees of each parameter: a view of `master`
+    master_params: list[nn.Parameter]  # what it sees of each parameter: a view of `master`
     version: int  # of `master`, when the module's parameters last followed it
 
     def __init__(self, name: str, module: nn.Module, params: Sequence[nn.Parameter],
@@ -89,7 +89,7 @@ class Unit(Layout):
         self.frozen = not params[0].requires_grad
         self.dtype, self.grad_dtype = precision  # of `flat`, and of gradients when reduced
         self.rank = rank
-        self.own_slice = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
+        self.rank_slice = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
         self.kept_grads: dict[torch.dtype, Tensor] = {}  # memory for gradients, the same every step
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
@@ -109,16 +109,16 @@ class Unit(Layout):
     def keep(self, keeps: Keeps) -> None:
         """Set up what this rank keeps. `flat` has the parameters, in full and in full precision."""
         full, self.keeps = self.flat, keeps
-        self.mine = slice(None) if keeps.states == FULL else self.own_slice
+        self.shard_slice = slice(None) if keeps.states == FULL else self.rank_slice
         self.flat = full.to(self.dtype)  # without mixed precision they are one
         self.point_to(self.flat)
-        self.shard = self.flat[self.mine]
+        self.shard = self.flat[self.shard_slice]
         if keeps.params == SHARD:
             self.shard = self.shard.clone()  # memory of its own
         mixed = self.dtype != full.dtype and not self.frozen
-        self.master = full[self.mine].clone() if mixed else self.shard
-        self.owned = [owned_parameter(view, not self.frozen)
-                      for view in self.owned_views(self.master)]
+        self.master = full[self.shard_slice].clone() if mixed else self.shard
+        self.master_params = [master_parameter(view, not self.frozen)
+                      for view in self.master_views(self.master)]
         self.version = self.master._version
 
     @property
@@ -138,7 +138,7 @@ class Unit(Layout):
 
     def adopt(self, full: Tensor) -> None:
         """The parameters now have the values in `full`, and the module shows its own again."""
-        self.master.copy_(full[self.mine])
+        self.master.copy_(full[self.shard_slice])
         self.publish()
         if self.gathered:
             self.flat.copy_(full)
@@ -156,11 +156,11 @@ class Unit(Layout):
 
     def shard_views(self, shard: Tensor) -> list[Tensor]:
         """shard: (shard_numel,) → one 1-D view per parameter: what lies in this slice of it."""
-        spans = [(start - self.own_slice.start, *self.span(index, self.rank))
+        spans = [(start - self.rank_slice.start, *self.span(index, self.rank))
                  for index, start in enumerate(self.starts)]
         return [shard[max(start + begin, 0) :][: end - begin] for start, begin, end in spans]
 
-    def owned_views(self, buffer: Tensor) -> list[Tensor]:
+    def master_views(self, buffer: Tensor) -> list[Tensor]:
         """buffer: master, or its gradient → what the optimizer sees of each parameter."""
         return self.full_views(buffer) if self.keeps.states == FULL else self.shard_views(buffer)
 
@@ -175,7 +175,7 @@ class Unit(Layout):
     def grad_memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) for gradients that the optimizer is to see: the same memory in every step. New
         memory comes from the kernel page by page, which costs more time than to fill it."""
-        if any(p.grad is not None for p in self.owned):
+        if any(p.grad is not None for p in self.master_params):
             return self.flat.new_empty(numel, dtype=dtype)  # for what will be added to those
         if dtype not in self.kept_grads:
             self.kept_grads[dtype] = self.flat.new_empty(numel, dtype=dtype)
@@ -187,10 +187,10 @@ class Unit(Layout):
         missing: parameters that this rank had none for, see the note in engine/backward.py.
         Returns whether it was added to an earlier one.
         """
-        added = any(p.grad is not None for p in self.owned)
+        added = any(p.grad is not None for p in self.master_params)
         if reduced.dtype != self.master.dtype:
             reduced = self.grad_memory(reduced.numel(), self.master.dtype).copy_(reduced)
-        for index, (p, grad) in enumerate(zip(self.owned, self.owned_views(reduced))):
+        for index, (p, grad) in enumerate(zip(self.master_params, self.master_views(reduced))):
             if not p.requires_grad or (index in missing and nobody_had_it(grad)):
                 continue
             grad = grad if p.grad is None else p.grad.add_(grad)
@@ -220,18 +220,18 @@ def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_s
     for name, p in module.named_parameters():
         ways = [rules.modules_around(module, path) for path in paths[p]]
         home = [m for m in ways[0] if m in members and all(m in way for way in ways)][-1]
-        kind = not p.requires_grad, p.dtype, precision_of(p, ways[0])
+        kind = rules.Kind(not p.requires_grad, p.dtype, precision_of(p, ways[0]))
         members[home][kind].append((name, p))
 
     result = []
     for unit_name, unit_module in {"": module, **found}.items():
-        kinds = sorted(members[unit_module], key=lambda kind: kind[0])  # the trainable ones first
+        kinds = sorted(members[unit_module], key=lambda kind: kind.frozen)  # trainable ones first
         for kind in kinds:
             names, params = zip(*members[unit_module][kind])
             label = rules.label(unit_name, kind, kinds)
             rules.check_devices(label, names, params)
             result.append(Unit(label, unit_module, params, names, [slots[p] for p in params],
-                               rank, world_size, kind[-1]))
+                               rank, world_size, kind.precision))
     if all(unit.frozen or unit.numel == 0 for unit in result):
         raise ValueError(f"{type(module).__name__} has no trainable parameters: nothing to "
                          "partition. At least one parameter needs requires_grad=True")

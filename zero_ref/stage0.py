@@ -3,14 +3,14 @@
 Ψ is the number of parameters, N the number of ranks. One training step:
 
     Phase 1  forward     rank 0's buffers are broadcast; then the module runs as it is
-    Phase 2  backward    as soon as autograd has produced the gradients of a unit, they are summed
-                         over the ranks and divided by N: one all_reduce per unit, 2Ψ·(N-1)/N
-                         elements sent in all, while autograd goes on with the unit before it
-    Phase 3  deliver     when a unit's mean has arrived, the optimizer's parameters get it
+    Phase 2  backward    as soon as autograd has produced the gradients of a bucket, they are summed
+                         over the ranks and divided by N: one all_reduce per bucket, 2Ψ·(N-1)/N
+                         elements sent in all, while autograd goes on with the units before it
+    Phase 3  deliver     when a bucket's mean has arrived, the optimizer's parameters get it
     Phase 4  step        every rank updates every parameter, all in the same way
 
-The later stages have the same four phases, and keep less. Small units that follow one another form
-a *bucket*: they share messages, and are reduced when all of them are ready.
+The later stages have the same four phases, and keep less. A *bucket* is a unit, usually one layer,
+or several small ones that follow one another and share messages.
 
 The optimizer does not see the module's own parameters but `model.parameters()`. At this stage
 those are views of the same memory, in the same shapes; from stage 1 on, this rank's part of each.
@@ -26,11 +26,12 @@ Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Traini
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import comm
 from .engine import buffers
-from .engine.backward import Backward, Bucket
+from .engine.backward import Backward
+from .engine.buckets import Bucket
 from .engine.shell import Shell
 from .engine.tree import map_tensors, tensors_in
 from .partition import FULL, Keeps, Unit
@@ -53,7 +54,7 @@ class Stage0(Shell):
         self._on_grad_of(output, "_begin_backward")
         return output
 
-    def _pre_forward(self, submodule, args: tuple, kwargs: dict):
+    def _pre_forward(self, submodule: nn.Module, args: tuple, kwargs: dict) -> tuple:
         """Every unit gets views of its inputs. Stage 3 needs them, and how autograd adds up the
         gradients of a tensor that several units use depends on them; so all stages have them."""
         if not torch.is_grad_enabled():

@@ -5,11 +5,11 @@ so keeps states only for that. It needs only that slice of the summed gradient, 
 its updated slice afterwards. The all_reduce of stage 0 comes apart into its two halves, with the
 step in between:
 
-    Phase 2  backward    one reduce_scatter per unit, Ψ·(N-1)/N elements sent in all
+    Phase 2  backward    one reduce_scatter per bucket, Ψ·(N-1)/N elements sent in all
     Phase 3  deliver     only this rank's slice of the gradient is the mean. The rest of the buffer
                          stays allocated, which stage 2 will change
     Phase 4  step        every rank updates its slice; then one all_gather of the parameters per
-                         unit, Ψ·(N-1)/N elements sent in all
+                         bucket, Ψ·(N-1)/N elements sent in all
 
 Together 2Ψ·(N-1)/N, as at stage 0: the all-gather has moved from gradients to parameters.
 
@@ -19,7 +19,7 @@ Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.1.
 from torch import Tensor
 
 from . import comm
-from .engine.backward import Bucket
+from .engine.buckets import Bucket
 from .partition import FULL, SHARD, Keeps, Unit
 from .stage0 import Stage0
 
@@ -30,7 +30,7 @@ class Stage1(Stage0):
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
-    def _reduce(self, bucket):
+    def _reduce(self, bucket: Bucket) -> tuple[list[Tensor], comm.Handle]:
         grads = [self._backward.grads[unit] for unit in bucket]
         reduced = [self._reduce_into(unit) for unit in bucket]
         handle = comm.reduce_scatter(reduced, grads, self.group, unit=bucket.name,
@@ -39,11 +39,11 @@ class Stage1(Stage0):
 
     def _reduce_into(self, unit: Unit) -> Tensor:
         """Where this rank's slice of the mean goes: in place. The other slices stay local."""
-        return self._backward.grads[unit][unit.own_slice]
+        return self._backward.grads[unit][unit.rank_slice]
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
-    def _after_step(self, units):
+    def _after_step(self, units: list[Unit]) -> None:
         super()._after_step(units)
         stepped = [Bucket(u for u in bucket if u in units) for bucket in self._gather_buckets]
         handles = [comm.all_gather([u.flat for u in bucket], [u.shard for u in bucket], self.group,

@@ -7,11 +7,11 @@ after, so the all_gather after the step is gone:
     Phase 1  forward     unshard each unit (all_gather), run it, reshard it; the next unit is
                          gathered while it runs: Ψ·(N-1)/N elements sent in all
     Phase 2  backward    unshard each unit again, Ψ·(N-1)/N; when autograd has left it, reshard it.
-                         One reduce_scatter of its gradients as at stage 2, Ψ·(N-1)/N
+                         One reduce_scatter per bucket as at stage 2, Ψ·(N-1)/N
     Phase 4  step        every rank updates its shard, and sends nothing
 
-Together 3Ψ·(N-1)/N, 1.5 times stage 0. At the peak there are the shards and the units that are
-gathered at one time: the one that computes, the one that comes next, and the root's own parameters.
+Together 3Ψ·(N-1)/N, 1.5 times stage 0. At the peak there are the shards, the unit that computes,
+those that come next, and the root's own parameters.
 
 Views of parameters that autograd has saved share the flat buffer's storage. Resharding empties that
 storage (`untyped_storage().resize_(0)`), and unsharding refills it, so the saved views are valid
@@ -19,12 +19,11 @@ again. Pointing a parameter elsewhere would leave the old memory to the saved vi
 
 All ranks have to run the same units in the same order, because everyone's shard is needed. What a
 unit takes and returns has to be made of tensors in tuples, lists, dicts and dataclasses: backward
-is noticed there. A tensor that leaves a unit by another way (an attribute, a hook's capture) and
-gets a gradient is not, and its backward may come when the parameters are not there.
+is noticed there, and not at a tensor that leaves by another way (an attribute, a hook's capture).
 
 Who calls what, beside stage 0's list: each unit's module `_post_forward`; autograd `_pre_backward`
-and `_post_backward` at a unit's outputs and inputs. See engine/calls.py for which calls of a unit a
-backward comes by, and engine/placeholder.py for what a module shows in place of its parameters.
+and `_post_backward` at a unit's outputs and inputs. What a module shows in place of parameters that
+are not there is in engine/placeholder.py.
 
 Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of PyTorch's FSDP2.
 """
@@ -32,10 +31,11 @@ Rajbhandari et al., ZeRO, arXiv 1910.02054, section 5.3. The words are those of 
 from collections import defaultdict
 
 import torch
+from torch import Tensor, nn
 
 from . import comm
-from .engine.backward import Bucket
-from .engine.calls import Calls, Pass, without_fragile
+from .engine.buckets import Bucket
+from .engine.calls import Call, Calls, Mark, Pass, without_fragile
 from .engine.placeholder import make_placeholders, show_in_module
 from .engine.tree import tensors_in
 from .partition import SHARD, Keeps, Unit
@@ -46,11 +46,11 @@ class Stage3(Stage2):
     stage = 3
     keeps = Keeps(params=SHARD, grads=SHARD, states=SHARD)
 
-    def __init__(self, *args, reshard_after_forward=True, **options):
+    def __init__(self, *args, reshard_after_forward: bool = True, **options):
         self.reshard_after_forward = reshard_after_forward
         super().__init__(*args, **options)
 
-    def _register_hooks(self):
+    def _register_hooks(self) -> list:
         hooks = super()._register_hooks()
         # How many buckets are gathered ahead. check=True wants one order of all collectives: none.
         self.prefetch = 1 if self.overlap and self._checker is None else 0
@@ -64,7 +64,7 @@ class Stage3(Stage2):
             hooks.append(submodule.register_forward_hook(after))
         return hooks
 
-    def _keep(self, unit):
+    def _keep(self, unit: Unit) -> None:
         super()._keep(unit)
         unit.placeholders = make_placeholders(unit)
         self._free(unit)
@@ -91,7 +91,7 @@ class Stage3(Stage2):
             show_in_module(unit, unit.params)
             unit.gathered = True
 
-    def _unshard_module(self, submodule, phase: str) -> None:
+    def _unshard_module(self, submodule: nn.Module, phase: str) -> None:
         """Gather a module's units, and start to gather what will be needed next, so that it
         arrives while this one computes."""
         this_pass = self._passes[phase]
@@ -125,7 +125,7 @@ class Stage3(Stage2):
 
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
-    def _forward(self, args, kwargs):
+    def _forward(self, args: tuple, kwargs: dict):
         self._passes["forward"].begin()
         self._calls.open.clear()
         output = super()._forward(args, kwargs)
@@ -135,7 +135,7 @@ class Stage3(Stage2):
                 self._reshard(unit)
         return output
 
-    def _pre_forward(self, submodule, args, kwargs):
+    def _pre_forward(self, submodule: nn.Module, args: tuple, kwargs: dict) -> tuple:
         units = self._units_of.get(submodule, [])  # none: the root, or a copy that has our hooks
         if self._backward is not None:  # activation checkpointing runs forward again
             for unit in units:
@@ -151,7 +151,7 @@ class Stage3(Stage2):
             self._on_grad_of(inputs, "_post_backward", mark)
         return args, kwargs
 
-    def _post_forward(self, submodule, args, output):
+    def _post_forward(self, submodule: nn.Module, args: tuple, output):
         units = self._units_of.get(submodule, [])
         if not units:
             return output
@@ -168,28 +168,29 @@ class Stage3(Stage2):
 
     # ---- Phase 2: backward -----------------------------------------------------------------------
 
-    def _entered(self, submodule) -> bool:
+    def _entered(self, submodule: nn.Module) -> bool:
         """Whether backward is between this module's outputs and its inputs."""
         return self._backward is not None and submodule in self._backward.entered
 
-    def _begin_backward(self, grad=None):
-        if self._backward is None:
-            super()._begin_backward()
-            self._calls.expect([*self._calls.of])
+    def _begin_backward(self, grad: Tensor | None = None) -> None:
+        begins = self._backward is None
+        super()._begin_backward()
+        if begins:
+            self._calls.expect([*self._calls.of], self._backward)
 
-    def _pre_backward(self, call, grad):
+    def _pre_backward(self, call: Call, grad: Tensor) -> None:
         """Runs when autograd has the gradient of one of the unit's outputs, and needs the rest."""
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph=True does not work at stage 3: a gradient's own graph "
                                "uses parameters after their unit was resharded; use stage 2")
         self._begin_backward()
         module = call.mark.module
-        self._calls.expect([module])
+        self._calls.expect([module], self._backward)
         if not self._entered(module):
             self._backward.entered.add(module)
             self._unshard_module(module, "backward")
 
-    def _post_backward(self, mark, grad):
+    def _post_backward(self, mark: Mark, grad: Tensor) -> None:
         """Runs when autograd has the gradient of one of the unit's inputs. When it has the last one
         of the unit's last call, it has those of the parameters too: reshard and reduce.
 
@@ -199,10 +200,11 @@ class Stage3(Stage2):
         backward = self._backward
         if backward is None:  # the gradient of an input that somebody else has kept
             return
-        last = self._calls.leave(mark)
+        mark.expected -= 1
         if mark.expected == 0:
+            backward.to_leave[mark.module].discard(mark)
             backward.entered.discard(mark.module)
-        if last:
+        if mark in backward.asked and not backward.to_leave[mark.module]:
             for unit in self._units_of[mark.module]:
                 self._reshard(unit)
                 backward.left.add(unit)
@@ -210,12 +212,11 @@ class Stage3(Stage2):
                 backward.queue.remove(bucket)
                 self._start_reduction(bucket)
 
-    def _reduce_complete(self):
+    def _reduce_complete(self) -> None:
         """This stage waits for _post_backward."""
 
-    def _leave_backward(self):
+    def _leave_backward(self) -> None:
         super()._leave_backward()
-        self._calls.end()
         self._passes["backward"].begin()
         running = {call.mark.module for call in self._calls.open}  # autograd.grad in a forward
         for unit in self.units:
@@ -226,7 +227,7 @@ class Stage3(Stage2):
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
-    def _after_step(self, units):
+    def _after_step(self, units: list[Unit]) -> None:
         for unit in units:
             unit.publish()
             # Still gathered if a forward had no backward; what it has is outdated now.
@@ -234,15 +235,11 @@ class Stage3(Stage2):
 
     # ---- full parameters -------------------------------------------------------------------------
 
-    def _pin(self, unit):
-        if unit.mixed:
-            self._reshard(unit)
-            show_in_module(unit, unit.params)
-        else:
-            self._unshard([unit], "full_params")
-            self._wait_for_unshard(unit)
+    def _pin(self, unit: Unit) -> Tensor:
+        self._reshard(unit)
+        show_in_module(unit, unit.params)
         return super()._pin(unit)
 
-    def _unpin(self, unit, full):
+    def _unpin(self, unit: Unit, full: Tensor) -> None:
         super()._unpin(unit, full)
         self._free(unit)

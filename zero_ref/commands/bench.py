@@ -242,7 +242,7 @@ def _has_deepspeed():
 # ---- on every rank -------------------------------------------------------------------------------
 
 
-def _measure(system, name, device, steps):
+def _measure(system: str, name: str, device: str, steps: int) -> dict[str, Any]:
     device = prepare_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = MODELS[name]
@@ -304,7 +304,7 @@ def _clock(device):
     return seconds
 
 
-def _status(field):
+def _status(field: str) -> int:
     """A size from what Linux says about this process, in bytes; 0 on other systems."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []

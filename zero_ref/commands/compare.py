@@ -4,7 +4,7 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
@@ -110,7 +111,8 @@ def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
     return result
 
 
-def _peak_bytes(device, model, opt, step):
+def _peak_bytes(device: torch.device, model: nn.Module, opt: torch.optim.Optimizer,
+                step: Callable[[], Any]) -> int:
     """The most bytes of tensors that this rank holds at one time during a step."""
     at_rest = sum(memory.resident(model, opt).values())
     if device.type == "cuda":
@@ -218,7 +220,7 @@ def _kb(nbytes):
     return f"{nbytes / 1e3:,.1f}"
 
 
-def _held(states):
+def _held(states: Mapping[str, float]) -> list[str]:
     return [_kb(states[kind]) for kind in ("parameters", "gradients", "optimizer")] + [
         _kb(sum(states.values()))]
 

@@ -1,14 +1,20 @@
 """Before a model is wrapped, all ranks hear of everyone's plan."""
 
+from collections.abc import Sequence
 from itertools import zip_longest
 
+import torch.distributed as dist
+from torch import nn
+
 from .. import comm
+from ..partition import Unit
 
 
-def agree(options, module, units, problem, group):
+def agree(options: dict, module: nn.Module, units: Sequence[Unit],
+          problem: ValueError | None, group: dist.ProcessGroup) -> None:
     """Raise the same ValueError on every rank unless all of them plan to do the same."""
     plan: list[tuple] = [(f"{name} =", repr(value)) for name, value in options.items()]
-    for unit in units or []:
+    for unit in units:
         plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]
     plan += [("buffer", name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]

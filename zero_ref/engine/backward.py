@@ -1,4 +1,4 @@
-"""One backward that is running, and which units share messages.
+"""One backward that is running.
 
 [Note: gradients that are missing] A rank may have no gradient for a parameter that others use; what
 it then contributes to the sum are zeros. If no rank has one, the parameter's gradient has to stay
@@ -10,8 +10,12 @@ point numbers is -0.0 only if all of them are. So where the sum is -0.0, nobody 
 
 import weakref
 from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+
+from .buckets import Bucket
 
 _running = defaultdict(list)  # name of a group -> weakrefs to its Backwards, as they began
 
@@ -24,14 +28,17 @@ class Backward:
     rank, whatever order the gradients arrive in.
     """
 
-    def __init__(self, model, buckets, finish):
+    def __init__(self, model, buckets: list[Bucket], finish: Callable[[], None]):
         self.queue = list(buckets)
-        self.in_flight = deque()  # (bucket, its reduced gradients, handle)
-        self.grads = {}  # unit -> (padded_numel,), this rank's gradients, while they fill up
+        self.in_flight: deque = deque()  # (bucket, its reduced gradients, handle)
+        self.grads: dict = {}  # unit -> (padded_numel,), this rank's gradients, while they fill up
         self.ready = defaultdict(set)  # unit -> indices of the parameters whose gradient is there
         self.missing = defaultdict(set)  # unit -> those that this rank has none for
-        self.entered = set()  # stage 3: modules between their outputs and their inputs
-        self.left = set()  # stage 3: units that it has been through
+        # Stage 3 only
+        self.entered = set()  # modules between their outputs and their inputs
+        self.left = set()  # units that it has been through
+        self.asked = set()  # Marks of the calls that autograd has been asked about, see calls.py
+        self.to_leave = defaultdict(set)  # module -> Marks of its calls that it has yet to leave
         self.expected = {unit: sum(p.requires_grad for p in unit.params)
                          for bucket in buckets for unit in bucket}
         self.begun = _running[model.group.group_name]
@@ -39,25 +46,25 @@ class Backward:
         self.begun.append(weakref.ref(self))
         torch.autograd.Variable._execution_engine.queue_callback(finish)
 
-    def end(self):
+    def end(self) -> None:
         self.begun.remove(weakref.ref(self))
 
-    def others_come_first(self):
+    def others_come_first(self) -> bool:
         """Whether another model that this backward came to earlier still has units to reduce: on
         every rank one comes after the other, also where a gradient is missing."""
         earlier = [ref() for ref in self.begun[: self.begun.index(weakref.ref(self))]]
         return any(backward.queue for backward in earlier if backward is not None)
 
-    def complete(self, units):
+    def complete(self, units: Iterable) -> bool:
         """Whether all gradients of these units are there."""
         return all(len(self.ready[unit]) >= self.expected[unit] for unit in units)
 
-    def refuse_late(self, unit, index):
+    def refuse_late(self, unit, index: int) -> None:
         if not any(unit in bucket for bucket in self.queue):
             raise RuntimeError(f"a gradient of {unit.names[index]!r} arrived after those of unit "
                                f"{unit.name!r} had been reduced in this backward")
 
-    def collect(self, unit, index):
+    def collect(self, unit, index: int) -> None:
         """Move one parameter's gradient into the unit's flat buffer, and free the original."""
         p, begin = unit.params[index], unit.starts[index]
         if p.grad.layout != torch.strided or p.grad.requires_grad:
@@ -71,7 +78,7 @@ class Backward:
             torch.add(p.grad, 0, out=place)  # see [Note: gradients that are missing]
         p.grad = None
 
-    def fill_missing(self, unit):
+    def fill_missing(self, unit) -> None:
         """What this backward has not reached: gradients from inside no_sync(), else zeros."""
         for index in set(range(len(unit.params))) - self.ready[unit]:
             if unit.params[index].grad is not None:
@@ -86,34 +93,8 @@ class Backward:
         return self.grads[unit]
 
 
-def nobody_had_it(reduced):
+def nobody_had_it(reduced: Tensor) -> bool:
     """Whether this part of a reduced gradient says that no rank had one (or is empty)."""
     first = reduced.reshape(-1)[:1]
     first = first.real if first.is_complex() else first
     return bool(((first == 0) & first.signbit()).all())
-
-
-class Bucket(tuple):
-    """Units that share messages."""
-
-    @property
-    def name(self):
-        return "+".join(unit.name for unit in self)
-
-
-def buckets(units, cap, dtype_of):
-    """Neighbours of one dtype and device share messages of at most `cap` bytes; others go alone.
-
-    The same on every rank and in every step, unlike what happens to be complete at one time.
-    """
-    found, room, last = [], 0, None
-    for unit in units:
-        nbytes = unit.padded_numel * dtype_of(unit).itemsize
-        kind = dtype_of(unit), unit.flat.device
-        if found and nbytes <= room and kind == last:
-            found[-1].append(unit)
-            room -= nbytes
-        else:
-            found.append([unit])
-            room, last = cap - nbytes, kind
-    return [Bucket(bucket) for bucket in found]

@@ -3,11 +3,13 @@
 from collections import defaultdict
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from .. import comm
 
 
-def broadcast(module, group, phase):
+def broadcast(module: nn.Module, group: dist.ProcessGroup, phase: str) -> None:
     """Overwrite all buffers with rank 0's: one message per dtype."""
     by_dtype = defaultdict(list)
     for buffer in module.buffers():

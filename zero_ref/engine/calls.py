@@ -1,10 +1,15 @@
 """Stage 3: where a unit's forward and backward begin and end, and which unit comes next."""
 
 from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from weakref import WeakSet
 
 import torch
+from torch import Tensor, nn
 
+from .backward import Backward
+from .buckets import Bucket
 from .tree import map_tensors, tensors_in
 
 
@@ -16,11 +21,11 @@ class Call:
     garbage collector comes, on every rank at another time.
     """
 
-    def __init__(self, module, inputs):
+    def __init__(self, module: nn.Module, inputs: list[Tensor]):
         self.mark, self.inputs, self.last = Mark(module), [x.grad_fn for x in inputs], []
 
-    def returns(self, output, unit):
-        if output is not None and not isinstance(output, torch.Tensor) and not tensors_in(output):
+    def returns(self, output, unit) -> None:
+        if output is not None and not isinstance(output, Tensor) and not tensors_in(output):
             raise RuntimeError(
                 f"unit {unit.name!r} returned {type(output).__name__}, in which no tensor was "
                 "found: stage 3 has to notice when backward comes back, so a unit returns tensors, "
@@ -31,52 +36,40 @@ class Call:
             self.last = [node for node, _ in first.next_functions
                          if node is not None and not hasattr(node, "variable")]
 
-    def expect(self):
+    def expect(self) -> bool:
         """Whether the running backward comes by here, and at how many of the inputs it leaves."""
         will_run = torch._C._will_engine_execute_node
         self.mark.expected = sum(map(will_run, self.inputs))
         return self.mark.expected > 0 or any(map(will_run, self.last))
 
 
+@dataclass(eq=False)
 class Mark:
-    def __init__(self, module):
-        self.module, self.expected = module, 0
+    module: nn.Module
+    expected: int = 0  # gradients of inputs that the running backward has yet to come by
 
 
 class Calls:
     """The forwards of all units that backward may still come to."""
 
     def __init__(self):
-        self.of = defaultdict(WeakSet)  # module -> its Calls
-        self.open = []  # those whose forward is running, the innermost last
-        self.pending = defaultdict(set)  # module -> Marks of those this backward has yet to leave
-        self.known = set()  # Marks of those that this backward has been asked about
+        self.of: dict[nn.Module, WeakSet[Call]] = defaultdict(WeakSet)
+        self.open: list[Call] = []  # those whose forward is running, the innermost last
 
-    def begin(self, module, inputs, recomputing):
+    def begin(self, module: nn.Module, inputs: list[Tensor], recomputing: bool) -> Mark:
         self.open.append(Call(module, inputs))
         if not recomputing:
             self.of[module].add(self.open[-1])
         return self.open[-1].mark
 
-    def expect(self, modules):
-        """Ask autograd which of these modules' calls the running backward comes by. For all when it
-        begins; re-entrant checkpointing adds new ones, and runs a backward of its own for them."""
+    def expect(self, modules: Iterable[nn.Module], backward: Backward) -> None:
+        """Ask autograd which of these modules' calls the backward comes by. For all when it begins;
+        re-entrant checkpointing adds new ones, and runs a backward of its own for them."""
         for call in [call for module in modules for call in self.of[module]]:
-            if call.mark not in self.known:
-                self.known.add(call.mark)
+            if call.mark not in backward.asked:
+                backward.asked.add(call.mark)
                 if call.expect():
-                    self.pending[call.mark.module].add(call.mark)
-
-    def leave(self, mark):
-        """Backward has another gradient of an input. Returns whether it has left the module."""
-        mark.expected -= 1
-        if mark.expected == 0:
-            self.pending[mark.module].discard(mark)
-        return mark in self.known and not self.pending[mark.module]
-
-    def end(self):
-        self.pending.clear()
-        self.known.clear()
+                    backward.to_leave[call.mark.module].add(call.mark)
 
 
 class Pass:
@@ -87,17 +80,17 @@ class Pass:
     """
 
     def __init__(self):
-        self.now = []
+        self.now: list[nn.Module] = []
         self.begin()
 
-    def begin(self):
+    def begin(self) -> None:
         self.last, self.now, self.gathered, self.ahead = self.now, [], set(), []
 
-    def arrived(self, module, units):
+    def arrived(self, module: nn.Module, units: Iterable) -> None:
         self.now.append(module)
         self.ahead = [those for those in self.ahead if those.isdisjoint(units)]
 
-    def together(self, unit, bucket):
+    def together(self, unit, bucket: Bucket) -> list:
         """Which of the bucket's units to gather when `unit` is needed: those that this pass needs
         and has not gathered yet, but `unit` alone if it is needed once more."""
         if not unit.resharded:
@@ -108,7 +101,7 @@ class Pass:
         self.gathered.update(found)
         return found
 
-    def next_resharded(self, units_of):
+    def next_resharded(self, units_of: dict[nn.Module, list]) -> list:
         """The units of the next module whose parameters are not there, if the order is known."""
         count = len(self.now)
         if self.last[count - 1 : count] == self.now[-1:]:
@@ -118,7 +111,7 @@ class Pass:
         return []
 
 
-def without_fragile(output, units):
+def without_fragile(output, units: Iterable):
     """A unit's output, with clones of what may not leave it as it is, see below."""
     clones = {}  # one of each
     storages = {unit.flat.untyped_storage().data_ptr() for unit in units}

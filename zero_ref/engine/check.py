@@ -30,14 +30,14 @@ def timeout() -> float:
 class Checker:
     """Checks the collectives of a group for as long as a model holds it."""
 
-    def __init__(self, group):
+    def __init__(self, group: dist.ProcessGroup):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         # A group of its own, because NCCL carries no host memory.
         self.group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo",
                                     use_local_synchronization=True)
         self.last = "nothing yet"
 
-    def compare(self, mine):
+    def compare(self, mine: str) -> None:
         """Raises RuntimeError on every rank unless all of them are about to do the same."""
         message = torch.zeros(_NUMEL, dtype=torch.uint8)
         encoded = mine.encode()[:_NUMEL]
@@ -65,7 +65,7 @@ class Checker:
         self.last = mine
 
 
-def checker(group) -> Checker:
+def checker(group: dist.ProcessGroup) -> Checker:
     """The group's checker, a new one if it has none. Called by all its ranks."""
     found = _checkers.get(group.group_name)
     if found is None:
@@ -73,7 +73,8 @@ def checker(group) -> Checker:
     return found
 
 
-def compare(group, op, unit, phase, numel, dtype) -> None:
+def compare(group: dist.ProcessGroup, op: str, unit: str, phase: str, numel: int,
+            dtype: torch.dtype) -> None:
     """Called by comm.py before each collective."""
     if _checkers and group.group_name in _checkers:
         _checkers[group.group_name].compare(

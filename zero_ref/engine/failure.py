@@ -7,12 +7,12 @@ from torch import nn
 models = weakref.WeakSet()  # every wrapped model of this process
 
 
-def annotate(error):
+def annotate(error: BaseException) -> None:
     """Add the unit and the phase to an exception that came out of a model's forward or backward."""
     for model in models:
-        place = _in_forward(model, error.__traceback__) or _in_backward(model)
-        if place:
-            error.add_note(f"This was in the {place[0]} of unit {place[1]!r}, at stage "
+        where = _in_forward(model, error.__traceback__) or _in_backward(model)
+        if where:
+            error.add_note(f"This was in the {where}, at stage "
                            f"{model.stage}, on rank {model.rank}.")
             if model.stage == 3 and _no_memory(error):
                 error.add_note("A parameter was used while its unit was not gathered: did a tensor "
@@ -29,7 +29,7 @@ def _in_forward(model, traceback):
     while traceback is not None:  # from the outermost frame to where it was raised
         owner = traceback.tb_frame.f_locals.get("self")
         if isinstance(owner, nn.Module) and owner in names:
-            found = "forward", names[owner]
+            found = f"forward of unit {names[owner]!r}"
         traceback = traceback.tb_next
     return found
 
@@ -40,5 +40,5 @@ def _in_backward(model):
         entered = [unit for unit in model.units if unit.module in backward.entered]
         waiting = entered or [unit for bucket in backward.queue[-1:] for unit in bucket
                               if not backward.complete([unit])]
-        return "backward", (waiting or model.units[:1])[-1].name
+        return f"backward of unit {(waiting or model.units[:1])[-1].name!r}"
     return None

@@ -13,7 +13,7 @@ from torch import nn
 from .placeholder import show_in_module
 
 
-def give_memory_to_buffers(module, group):
+def give_memory_to_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Replace buffers on the meta device, and initialize the modules that have nothing else."""
     homes = set()
     for submodule in module.modules():
@@ -27,7 +27,7 @@ def give_memory_to_buffers(module, group):
         _initialize(module, homes, here=set())
 
 
-def flatten(units, module, group):
+def flatten(units: list, module: nn.Module, group: dist.ProcessGroup) -> None:
     """Lay the units of one submodule into flat buffers, and initialize them if they are on meta."""
     on_meta = [unit for unit in units if unit.params[0].is_meta]
     for unit in units:

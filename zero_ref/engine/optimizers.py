@@ -12,7 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from .clip import GradSlice
+from .gradslice import GradSlice
 
 # Each element of a parameter is updated from that element of its gradient and of its states alone,
 # so a slice is updated as it would be inside the whole.
@@ -20,7 +20,7 @@ ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, opt
                optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Rprop, optim.ASGD)
 
 
-def watch(model):
+def watch(model) -> list:
     """Check every optimizer that holds parameters of `model` before its step, and call
     `model._follow(units)` after it. Returns the hooks."""
     ref: Any = weakref.ref(model)
@@ -50,20 +50,24 @@ def watch(model):
 
 def _mark(units, kind):
     for unit in units:
-        for p in unit.owned:
+        for p in unit.master_params:
             if p.grad is not None:
                 p.grad = p.grad.as_subclass(kind)
+
+
+def _held_by(optimizer):
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _units_in(model, optimizer):
     """The units of which this optimizer holds a parameter: the same on every rank, because every
     rank's optimizer has an (at worst empty) piece of each."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return [u for u in model.trainable if not held.isdisjoint(map(id, u.owned))]
+    held = _held_by(optimizer)
+    return [u for u in model.trainable if not held.isdisjoint(map(id, u.master_params))]
 
 
 def _refuse_foreign(model, optimizer):
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    held = _held_by(optimizer)
     for unit in model.units:
         for name, p, placeholder in zip(unit.names, unit.params, unit.placeholders or unit.params):
             if id(p) in held or id(placeholder) in held:
@@ -85,7 +89,7 @@ def _refuse_unreduced(optimizer, units):
 
 def _refuse_moved(units):
     for unit in units:
-        pairs = [(p, unit.master) for p in (unit.owned[0], unit.owned[-1])]
+        pairs = [(p, unit.master) for p in (unit.master_params[0], unit.master_params[-1])]
         if unit.gathered:
             pairs += [(p, unit.flat) for p in (unit.params[0], unit.params[-1])]
         for p, buffer in pairs:
@@ -96,7 +100,7 @@ def _refuse_moved(units):
                     "do so before zero_ref.wrap, or write values inside model.full_params()")
 
 
-def owned_parameter(view, trainable):
+def master_parameter(view: torch.Tensor, trainable: bool) -> nn.Parameter:
     """What the optimizer sees of a parameter. Its gradient is set, not accumulated by autograd."""
     p = nn.Parameter(view, requires_grad=trainable)
     p.register_hook = p.register_post_accumulate_grad_hook = _refuse_hook

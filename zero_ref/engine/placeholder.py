@@ -5,8 +5,11 @@ unit's emptied buffer. Whatever would read or write its values raises an error t
 instead. (Tensors that autograd has saved are another matter: see stage3.py.)
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 # What may be asked without the values. Attributes reach __torch_function__ as their getters.
 _ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad",
@@ -28,7 +31,7 @@ class Placeholder(nn.Parameter):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         if func in _ALLOWED:
             return super().__torch_function__(func, types, args, kwargs or {})
-        held = next(a for a in _flatten((args, kwargs)) if isinstance(a, cls))
+        held = next(a for a in tree_leaves((args, kwargs)) if isinstance(a, cls))
         raise RuntimeError(
             f"parameter {held._name!r} of unit {held._unit!r} is not gathered: at stage 3 its "
             "values are on this rank only while its unit computes. Call the wrapped model, not the "
@@ -45,9 +48,9 @@ class Placeholder(nn.Parameter):
         return format(str(self), spec)
 
 
-def make_placeholders(unit):
+def make_placeholders(unit) -> list[nn.Parameter]:
     """One for each parameter of the unit, which still are views of its flat buffer."""
-    placeholders = []
+    placeholders: list[nn.Parameter] = []
     for name, p in zip(unit.names, unit.params):
         held = torch.Tensor._make_subclass(Placeholder, p.data, p.requires_grad)
         held._name, held._unit = name, unit.name
@@ -55,7 +58,7 @@ def make_placeholders(unit):
     return placeholders
 
 
-def show_in_module(unit, params):
+def show_in_module(unit, params: Sequence[nn.Parameter]) -> None:
     """Put these, the unit's parameters or its placeholders, where the module has its parameters."""
     with torch._C.DisableTorchFunctionSubclass():
         for p, places in zip(params, unit.slots):
@@ -64,13 +67,3 @@ def show_in_module(unit, params):
                 if p.requires_grad != (flag := module._parameters[attribute].requires_grad):
                     p.requires_grad = flag
                 module._parameters[attribute] = p
-
-
-def _flatten(value):
-    if isinstance(value, tuple | list):
-        for item in value:
-            yield from _flatten(item)
-    elif isinstance(value, dict):
-        yield from _flatten(list(value.values()))
-    else:
-        yield value

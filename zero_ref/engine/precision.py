@@ -47,7 +47,7 @@ class MixedPrecision:
         if not all(isinstance(kind, type) and issubclass(kind, nn.Module) for kind in kinds):
             raise ValueError(f"keep={self.keep!r}: must be a module class or a tuple of them")
 
-    def of(self, p, modules):
+    def of(self, p: nn.Parameter, modules: list[nn.Module]) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of a parameter that is inside `modules`, and of its gradient when reduced."""
         if p.is_floating_point() and not any(map(self.keeps, modules)):
             return self.param_dtype, self.reduce_dtype
@@ -95,7 +95,7 @@ def _compute_in(module, dtype):
             module.register_forward_hook(after)]
 
 
-def own_precision(p, modules):
+def own_precision(p: nn.Parameter, modules: list[nn.Module]) -> tuple[torch.dtype, torch.dtype]:
     """Without mixed precision a parameter and its gradient have one dtype, whatever it is."""
     return p.dtype, p.dtype
 
@@ -112,7 +112,7 @@ class GradScaler(torch.amp.GradScaler):
     Source: https://docs.pytorch.org/docs/stable/amp.html#torch.amp.GradScaler
     """
 
-    def __init__(self, model, **options):
+    def __init__(self, model: nn.Module, **options):
         super().__init__(model.units[0].flat.device.type, **options)
         self._model = model
 

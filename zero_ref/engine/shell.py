@@ -1,7 +1,7 @@
 """What makes a stage look like any nn.Module. The algorithms are the stages' own."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import comm
 from . import buffers, check, clip, failure, materialize, optimizers
-from .backward import buckets
+from .buckets import buckets
 from .units import refuse_unfrozen
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
@@ -21,8 +21,9 @@ wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to
 class Shell(nn.Module):
     """`module`, with its units laid out, rank 0's values in them, and the stage's hooks on it."""
 
-    def __init__(self, module, units, group, *, overlap=True, mixed_precision=None, checked=False,
-                 bucket_cap_mb=1):
+    def __init__(self, module: nn.Module, units: Sequence, group: dist.ProcessGroup, *,
+                 overlap: bool = True, mixed_precision=None, checked: bool = False,
+                 bucket_cap_mb: float = 1):
         super().__init__()
         self.module, self.units, self.group = module, units, group
         self.overlap, self.mixed_precision = overlap, mixed_precision
@@ -43,8 +44,8 @@ class Shell(nn.Module):
         buffers.broadcast(module, group, "init")
 
         self.trainable = [unit for unit in units if not unit.frozen]
-        owned = {name: p for u in self.trainable for name, p in zip(u.names, u.owned)}
-        self._named_parameters = [(name, owned[name]) for name in original_names]
+        master = {name: p for u in self.trainable for name, p in zip(u.names, u.master_params)}
+        self._named_parameters = [(name, master[name]) for name in original_names]
         cap = bucket_cap_mb * 2**20
         self._reduce_buckets = buckets(self.trainable, cap, lambda unit: unit.grad_dtype)
         self._gather_buckets = buckets(units, cap, lambda unit: unit.dtype)
@@ -55,11 +56,11 @@ class Shell(nn.Module):
         failure.models.add(self)
         weakref.finalize(self, _unwrap, hooks, members).atexit = False
 
-    def _keep(self, unit):
+    def _keep(self, unit) -> None:
         """Called once, with rank 0's values in unit.flat."""
         unit.keep(self.keeps)
 
-    def _register_hooks(self):
+    def _register_hooks(self) -> list:
         hooks = optimizers.watch(self)
         if self.mixed_precision is not None:
             hooks += self.mixed_precision.watch_kept(self.module)
@@ -76,7 +77,7 @@ class Shell(nn.Module):
                 hooks.append(p.register_post_accumulate_grad_hook(on_grad))
         return hooks
 
-    def _weak_hook(self, method, *args):
+    def _weak_hook(self, method: str, *args) -> Callable:
         """A hook that calls self.method(*args, …) and does not keep the model alive."""
         model = weakref.ref(self)
 
@@ -97,7 +98,7 @@ class Shell(nn.Module):
             args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
         return self._forward(args, kwargs)
 
-    def _drop_failed_backward(self):
+    def _drop_failed_backward(self) -> None:
         """A backward that raised never came to its end: forget it, or the next would add to it."""
         if self._backward is not None and torch._C._current_graph_task_id() == -1:  # none runs
             try:
@@ -106,7 +107,7 @@ class Shell(nn.Module):
             finally:
                 self._leave_backward()
 
-    def _follow(self, units):
+    def _follow(self, units: list) -> None:
         """The optimizer's parameters of these units have new values: the module's follow."""
         self._after_step(units)
         for unit in units:
@@ -130,7 +131,7 @@ class Shell(nn.Module):
         finally:
             self._sync = before
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
         for unit in self.trainable:
             for p in unit.params:
@@ -138,8 +139,8 @@ class Shell(nn.Module):
 
     # ---- names and values ------------------------------------------------------------------------
 
-    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True
-                         ) -> Iterator[tuple[str, nn.Parameter]]:
+    def named_parameters(self, prefix: str = "", recurse: bool = True,
+                         remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) for each trainable parameter, as this rank's optimizer sees it."""
         for name, p in self._named_parameters:
             yield f"{prefix}.{name}" if prefix else name, p
@@ -156,7 +157,7 @@ class Shell(nn.Module):
                     comm.broadcast(full, self.group, unit=unit.name, phase="full_params").wait()
 
     @contextmanager
-    def _all_pinned(self):
+    def _all_pinned(self) -> Iterator[dict]:
         """Yields {unit: its full buffer}. What that holds at the end is kept."""
         if self._in_full_params:
             yield {}
@@ -171,11 +172,11 @@ class Shell(nn.Module):
             for unit, full in full_of.items():
                 self._unpin(unit, full)
 
-    def _pin(self, unit):
+    def _pin(self, unit) -> torch.Tensor:
         """Show the unit's parameters in full and in full precision until `_unpin`.
 
         Returns the buffer, (padded_numel,)."""
-        if not unit.mixed:
+        if unit.gathered and not unit.mixed:
             return unit.flat
         full = unit.master
         if full.numel() < unit.padded_numel:
@@ -185,7 +186,7 @@ class Shell(nn.Module):
         unit.point_to(full)
         return full
 
-    def _unpin(self, unit, full):
+    def _unpin(self, unit, full: torch.Tensor) -> None:
         unit.adopt(full)
         unit.version = unit.master._version
 

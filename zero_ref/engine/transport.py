@@ -7,13 +7,17 @@ CPU in a thread of its own, on a GPU on a stream of its own.
 
 import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup as Group
+
+# What a collective yields is to be waited for before it is resumed.
+Steps: TypeAlias = Generator[list[dist.Work], None, Any]
 
 # torch 2.13 deprecates the old name; 2.11 has only that one.
 _built_in_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -30,13 +34,13 @@ _TAGS = {"broadcast": 1910, "reduce_scatter": 1911, "all_gather": 1912,
 _KEEP = 8 << 20
 
 
-def on_gloo(device, group) -> bool:
+def on_gloo(device: torch.device, group: Group) -> bool:
     """Whether the group's backend for tensors of this device is gloo, and not a built-in one."""
     by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     return by_device[device.type] == "gloo"
 
 
-def all_to_all(flat, out, group, op):
+def all_to_all(flat: Tensor, out: Tensor, group: Group, op: str) -> Steps:
     """Slice r of everybody's `flat` goes to rank r. Returns what this rank gets, in rank order.
 
     out: where their sum will be, so that a part may arrive there if it is free.
@@ -53,19 +57,18 @@ def all_to_all(flat, out, group, op):
     return [recv.get(r, own) for r, own in enumerate(slices)]
 
 
-def all_gather(flat, own, group, op):
-    """`own` goes to everybody, into slice r of `flat` if it is rank r's."""
+def all_gather(flat: Tensor, shard: Tensor, group: Group, op: str) -> Steps:
+    """`shard` goes to everybody, into slice r of `flat` if it is rank r's."""
     if not on_gloo(flat.device, group):
-        yield [_built_in_all_gather(flat, own, group=group, async_op=True)]
+        yield [_built_in_all_gather(flat, shard, group=group, async_op=True)]
         return
-    slices, others = _slices(flat, group), _others(group)
-    mine = slices[dist.get_rank(group)]
-    if mine.data_ptr() != own.data_ptr():
-        mine.copy_(own)
-    yield from _exchange(group, op, {r: own for r in others}, {r: slices[r] for r in others})
+    slices, others, rank = _slices(flat, group), _others(group), dist.get_rank(group)
+    if slices[rank].data_ptr() != shard.data_ptr():
+        slices[rank].copy_(shard)
+    yield from _exchange(group, op, {r: shard for r in others}, {r: slices[r] for r in others})
 
 
-def broadcast(flat, group):
+def broadcast(flat: Tensor, group: Group) -> Steps:
     """Rank 0's `flat` goes to everybody."""
     if not on_gloo(flat.device, group):
         yield [dist.broadcast(flat, group=group, group_src=0, async_op=True)]
@@ -75,7 +78,7 @@ def broadcast(flat, group):
     yield from _exchange(group, "broadcast", send, recv)
 
 
-def _exchange(group, op, send, recv):
+def _exchange(group: Group, op: str, send: dict[int, Tensor], recv: dict[int, Tensor]) -> Steps:
     """send[r] goes to rank r, recv[r] is filled by rank r. gloo's messages travel through host
     memory, so CUDA tensors are staged there."""
     landing = {r: t if t.device.type == "cpu" else torch.empty_like(t, device="cpu")
@@ -90,12 +93,12 @@ def _exchange(group, op, send, recv):
             t.copy_(landing[r])
 
 
-def _slices(flat, group):
+def _slices(flat: Tensor, group: Group) -> tuple[Tensor, ...]:
     world_size = dist.get_world_size(group)
     return flat.view(world_size, flat.numel() // world_size).unbind()
 
 
-def _others(group):
+def _others(group: Group) -> list[int]:
     """The other ranks, nearest first, so that not everyone sends to rank 0 at once."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     return [(rank + k) % world_size for k in range(1, world_size)]
@@ -107,7 +110,7 @@ _lanes: dict[tuple, "Lane"] = {}
 _streams: dict[tuple, torch.cuda.Stream] = {}
 
 
-def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[], object]:
+def issue(steps: Steps, op: str, device: torch.device, group: Group) -> Callable[[], object]:
     """Run a collective's generator. Returns a function that waits until it is done."""
     if on_gloo(device, group):
         if (group.group_name, op) not in _lanes:
@@ -126,15 +129,15 @@ def issue(steps: Iterator, op: str, device: torch.device, group) -> Callable[[],
     return lambda: torch.cuda.current_stream(device).wait_event(done)
 
 
-def _run(steps):
+def _run(steps: Steps) -> None:
     for works in steps:
         for work in works:
             work.wait()
 
 
 class Lane(threading.Thread):
-    """On a CPU, what a stream is on a GPU: a thread that carries out collectives of one kind in
-    order of issue. Those that wait in line are started together."""
+    """On a CPU, what a stream is on a GPU: a thread that carries out collectives of one kind, one
+    after the other."""
 
     def __init__(self):
         super().__init__(name="zero_ref.comm", daemon=True)
@@ -142,7 +145,7 @@ class Lane(threading.Thread):
         self._line = queue.SimpleQueue()
         self.start()
 
-    def issue(self, steps: Iterator) -> Future:
+    def issue(self, steps: Steps) -> Future:
         done = Future()
         self._line.put((steps, done))
         return done
@@ -150,19 +153,7 @@ class Lane(threading.Thread):
     def run(self):
         torch.set_num_threads(1)  # here and in threads that begin later: the others are the model's
         while True:
-            self._carry_out(deque([self._line.get()]))
-
-    def _carry_out(self, jobs):
-        while not self._line.empty():
-            jobs.append(self._line.get())
-        for _ in range(len(jobs)):
-            steps, done = jobs.popleft()
-            try:
-                jobs.append((chain([next(steps)], steps), done))
-            except BaseException as error:
-                done.set_exception(error)
-        while jobs:
-            steps, done = jobs.popleft()
+            steps, done = self._line.get()
             try:
                 _run(steps)
             except BaseException as error:

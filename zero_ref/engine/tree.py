@@ -2,19 +2,20 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-def tensors_in(value):
+def tensors_in(value) -> list[torch.Tensor]:
     """All tensors in tuples, lists, dicts and dataclasses, nested in any way."""
-    found = []
+    found: list[torch.Tensor] = []
     map_tensors(found.append, value)
     return found
 
 
-def map_tensors(fn, value):
+def map_tensors(fn: Callable[[torch.Tensor], torch.Tensor | None], value):
     """`value` with fn(t) in place of each tensor t in it for which fn returns something."""
     if isinstance(value, torch.Tensor):  # quickly, what is there most often
         return _map_leaf(fn, value)

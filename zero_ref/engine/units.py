@@ -1,9 +1,21 @@
 """Which submodules are units, and whether their parameters fit into flat buffers."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
 from torch import nn
 
 
-def find_units(module, units):
+class Kind(NamedTuple):
+    """What all parameters of a unit have in common, beside the module that they belong to."""
+
+    frozen: bool
+    dtype: torch.dtype
+    precision: tuple[torch.dtype, torch.dtype]  # of parameters while they compute, of gradients
+
+
+def find_units(module: nn.Module, units) -> dict[str, nn.Module]:
     """The unit modules by name, in the order of `module.named_modules()`, without the root."""
     named = {name: m for name, m in module.named_modules() if name}
     if units is None:
@@ -23,7 +35,7 @@ def find_units(module, units):
     return found
 
 
-def modules_around(module, name):
+def modules_around(module: nn.Module, name: str) -> list[nn.Module]:
     """The submodule of this name and the modules that contain it, the outermost first."""
     around = [module]
     for part in filter(None, name.split(".")):
@@ -31,11 +43,11 @@ def modules_around(module, name):
     return around
 
 
-def label(name, kind, kinds):
-    """What a unit is called: kind, (frozen, dtype, (dtype, grad_dtype)), if the module has more."""
-    notes = ["frozen"] * kind[0]
-    if kind[1:] != kinds[0][1:]:
-        notes.append(str(kind[2][0]).removeprefix("torch."))
+def label(name: str, kind: Kind, kinds: Sequence[Kind]) -> str:
+    """What a unit is called, if its module has units of all these kinds."""
+    notes = ["frozen"] * kind.frozen
+    if kind._replace(frozen=kinds[0].frozen) != kinds[0]:
+        notes.append(str(kind.precision[0]).removeprefix("torch."))
     return (name or "root") + (f" ({', '.join(notes)})" if notes else "")
 
 
@@ -68,7 +80,7 @@ def _describe(units):
     return " or ".join(getattr(u, "__name__", repr(u)) for u in units)
 
 
-def check_devices(label, names, params):
+def check_devices(label: str, names: Sequence[str], params: Sequence[nn.Parameter]) -> None:
     for name, p in zip(names, params):
         if p.device != params[0].device:
             raise ValueError(f"unit {label!r} mixes devices: {names[0]!r} is {params[0].device}, "
@@ -76,7 +88,7 @@ def check_devices(label, names, params):
                              "units of their own")
 
 
-def check_module(module):
+def check_module(module: nn.Module) -> None:
     for name, m in module.named_modules():
         if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None:
             raise ValueError(f"{name!r} has max_norm={m.max_norm}: its forward overwrites the rows "
@@ -89,7 +101,7 @@ def check_module(module):
                              "using one nn.Parameter in both places")
 
 
-def refuse_unfrozen(units):
+def refuse_unfrozen(units: Sequence) -> None:
     """What is frozen when it is wrapped has no gradient buffer and no part in an optimizer."""
     for unit in units:
         if unit.frozen:

@@ -12,17 +12,20 @@ alive at that moment; the stages know nothing of it.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from . import memory
 from .trace import Event, Trace, recording_into
 
 if TYPE_CHECKING:
+    from ..partition import Unit
     from ..stage0 import Stage0
 
 # What a rank has of one slice of a unit: a letter each, so that "og  " are four slices.
@@ -51,7 +54,7 @@ class Layout:
     frozen: bool
 
     @property
-    def sizes(self):
+    def sizes(self) -> list[int]:
         """Of each parameter, as `memory.model_states` takes them."""
         return [math.prod(shape) for shape in self.shapes]
 
@@ -137,29 +140,30 @@ def record(model: "Stage0",
 class _Recorder(Trace):
     """Takes a frame at each collective, and where a unit's forward and backward begin and end."""
 
-    def __init__(self, model, optimizer, recording):
+    def __init__(self, model: "Stage0", optimizer: torch.optim.Optimizer | None,
+                 recording: Recording):
         super().__init__()
         self.model, self.optimizer, self.recording = model, optimizer, recording
         self.mark = time.monotonic()  # when the last span ended
         self.started: list[float] = []  # of units whose forward is running, the innermost last
         self.gradients = {}  # unit -> indices of the parameters that backward has come to
 
-    def add(self, event):
+    def add(self, event: Event) -> None:
         super().add(event)
         self.frame(event.op, event.unit, event.phase, event.wire_bytes)
 
-    def frame(self, what, unit="", phase="", wire_bytes=0):
+    def frame(self, what: str, unit: str = "", phase: str = "", wire_bytes: int = 0) -> None:
         self.recording.frames.append(Frame(
             what, unit, phase, time.monotonic(), self.held(),
             memory.resident(self.model, self.optimizer), self.wire_bytes(), wire_bytes))
 
-    def span(self, phase, unit, start):
+    def span(self, phase: str, unit: str, start: float) -> None:
         self.mark = time.monotonic()
         self.recording.spans.append(Span(phase, unit, start, self.mark))
 
     # ---- what is held ----------------------------------------------------------------------------
 
-    def held(self):
+    def held(self) -> dict[str, dict[str, str]]:
         in_flight = {(unit, event.op) for event in self.events if event.awaited is None
                      for unit in event.unit.split("+")}
         return {unit.name: {
@@ -170,18 +174,18 @@ class _Recorder(Trace):
             "optimizer": self.states(unit),
         } for unit in self.model.units if unit.numel}
 
-    def slices(self, unit, own, others):
+    def slices(self, unit: "Unit", own: str, others: str) -> str:
         """A letter per slice. own: for those that this rank's optimizer updates."""
         everything = unit.master.numel() == unit.padded_numel and not unit.frozen
         return "".join(own if everything or rank == unit.rank else others
                        for rank in range(unit.world_size))
 
-    def parameters(self, unit, in_flight):
+    def parameters(self, unit: "Unit", in_flight: bool) -> str:
         if in_flight:
             return self.slices(unit, OWNED, IN_FLIGHT)
         return self.slices(unit, OWNED, TEMPORARY if _alive(unit.flat) else ABSENT)
 
-    def gradient(self, unit, in_flight):
+    def gradient(self, unit: "Unit", in_flight: bool) -> str:
         if in_flight:
             return IN_FLIGHT * unit.world_size
         backward = self.model._backward
@@ -190,20 +194,21 @@ class _Recorder(Trace):
         if fills_up or any(p.grad is not None for p in unit.params):
             return TEMPORARY * unit.world_size
         kept = [b for b in unit.kept_grads.values() if _alive(b)]
-        reduced = [p.grad for p in unit.owned if p.grad is not None]
+        reduced = [p.grad for p in unit.master_params if p.grad is not None]
         sizes = [b.untyped_storage().nbytes() // b.itemsize for b in kept + reduced]
         memory_of = max(sizes, default=0)
         own = OWNED if reduced else EMPTY if memory_of else ABSENT
         return self.slices(unit, own, EMPTY if memory_of >= unit.padded_numel else ABSENT)
 
-    def states(self, unit):
+    def states(self, unit: "Unit") -> str:
         known = self.optimizer.state if self.optimizer is not None else {}
-        has = any(key != "step" for p in unit.owned if p.numel() for key in known.get(p, ()))
+        has = any(key != "step" for p in unit.master_params if p.numel()
+                  for key in known.get(p, ()))
         return self.slices(unit, OWNED if has else ABSENT, ABSENT)
 
     # ---- where ----------------------------------------------------------------------------------
 
-    def register_hooks(self):
+    def register_hooks(self) -> list[RemovableHandle]:
         hooks, units = [], [unit for unit in self.model.units if unit.numel]
         for module in dict.fromkeys(unit.module for unit in units):
             name = next(unit.name for unit in units if unit.module is module)
@@ -218,20 +223,20 @@ class _Recorder(Trace):
             hooks.append(self.optimizer.register_step_post_hook(self.ends_step))
         return hooks
 
-    def enters(self, name):
+    def enters(self, name: str) -> Callable[[nn.Module, tuple], None]:
         def hook(module, args):
             self.frame("forward", name, "forward")
             self.started.append(time.monotonic())
         return hook
 
-    def leaves(self, name):
+    def leaves(self, name: str) -> Callable[[nn.Module, tuple, Any], None]:
         def hook(module, args, output):
             self.span("forward", name, self.started.pop())
             if self.held() != self.recording.frames[-1].held:
                 self.frame("reshard", name, "forward")
         return hook
 
-    def has_gradient(self, unit, index):
+    def has_gradient(self, unit: "Unit", index: int) -> Callable[[torch.Tensor], None]:
         def hook(grad):  # before it is accumulated, so before the stage's own hook
             came = self.gradients.setdefault(unit, set())
             came.add(index)
@@ -241,12 +246,12 @@ class _Recorder(Trace):
                 self.span("backward", unit.name, self.mark)
         return hook
 
-    def begins_step(self, *_):
+    def begins_step(self, *_: Any) -> None:
         self.gradients.clear()  # of units with unused parameters
         self.frame("step", "", "step")
         self.mark = time.monotonic()
 
-    def ends_step(self, *_):
+    def ends_step(self, *_: Any) -> None:
         self.span("step", "", self.mark)
 
 

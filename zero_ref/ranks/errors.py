@@ -30,14 +30,14 @@ class RankError(RuntimeError):
         super().__init__(text)
         self.rank, self.kind, self.reason = rank, kind, reason
 
-    def _render_traceback_(self):  # in a notebook: the learner's frames, and none of ours
+    def _render_traceback_(self) -> list[str]:  # in a notebook: the learner's frames, not ours
         return str(self).splitlines()
 
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or Kernel → Interrupt, while ranks were running. The text says where each was."""
 
-    def _render_traceback_(self):
+    def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
 
 

@@ -32,13 +32,13 @@ def fetch(name: str, world_size: int) -> list[Any]:
     return launch(_value, world_size, name)
 
 
-def _value(name):
+def _value(name: str) -> Any:
     if name not in _namespace:
         raise NameError(f"no %%ranks cell has defined {name!r} on these ranks")
     return _namespace[name]
 
 
-def _ranks(line, cell):
+def _ranks(line: str, cell: str) -> None:
     """%%ranks N: run this cell on N ranks."""
     from IPython.core.error import UsageError
 
@@ -58,7 +58,7 @@ def _ranks(line, cell):
         launch(_run_cell, int(line), source, name)
 
 
-def _run_cell(source, name):
+def _run_cell(source: str, name: str) -> None:
     """On every rank: run the cell in the namespace that this rank keeps."""
     sys.modules["__main__"] = _main  # where pickle looks for the classes of such cells
     on_gpu = "nccl" in str(dist.get_backend_config())
@@ -69,7 +69,7 @@ def _run_cell(source, name):
     shown = tree.body and isinstance(tree.body[-1], ast.Expr) and not source.rstrip().endswith(";")
     last = tree.body.pop() if shown else None
     exec(compile(tree, name, "exec"), _namespace)
-    if last is not None:
+    if isinstance(last, ast.Expr):
         value = eval(compile(ast.Expression(last.value), name, "eval"), _namespace)
         if value is not None:
             print(repr(value))

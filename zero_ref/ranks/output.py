@@ -33,20 +33,20 @@ def output(world_size: int) -> Iterator["_AsTheyCome"]:
 
 
 class _AsTheyCome:
-    def line(self, rank, text):
+    def line(self, rank: int, text: str) -> None:
         self.print(rank, text, flush=True)
 
-    def print(self, rank, text, flush=False):
+    def print(self, rank: int, text: str, flush: bool = False) -> None:
         print(f"[rank {rank}] {text}", flush=flush)
 
-    def done(self, rank):
+    def done(self, rank: int) -> None:
         """This rank prints nothing more."""
 
-    def due(self):
+    def due(self) -> float:
         """When the output has something to do: never."""
         return math.inf
 
-    def close(self):
+    def close(self) -> None:
         """Nothing is left to show."""
 
 
@@ -55,23 +55,23 @@ class _InOrder(_AsTheyCome):
     after every run. A line that has to wait long for its turn appears before it; in that case a
     %%ranks cell's output is written anew at the end."""
 
-    def __init__(self, world_size):
+    def __init__(self, world_size: int):
         self.of_rank: list[list[tuple[int, str]]] = [[] for _ in range(world_size)]
         # When each line came, and its text.
         self.waiting: list[list[tuple[float, str]]] = [[] for _ in range(world_size)]
         self.running = set(range(world_size))
         self.shown: list[tuple[int, str]] = []
 
-    def line(self, rank, text):
+    def line(self, rank: int, text: str) -> None:
         self.of_rank[rank].append((rank, text))
         self.waiting[rank].append((time.monotonic(), text))
         self._show()
 
-    def done(self, rank):
+    def done(self, rank: int) -> None:
         self.running.discard(rank)
         self._show()
 
-    def due(self):
+    def due(self) -> float:
         arrivals = [lines[0][0] for lines in self.waiting if lines]
         when = min(arrivals, default=math.inf) + _TIMEOUT
         if when <= time.monotonic():
@@ -88,7 +88,7 @@ class _InOrder(_AsTheyCome):
             if rank in self.running and not everything:
                 break
 
-    def close(self):
+    def close(self) -> None:
         self._show(everything=True)
         in_order = list(chain(*self.of_rank))
         if _cell_is_ours and self.shown != in_order:

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -52,7 +53,7 @@ def main(rank: int, world_size: int, backend: str, port: int, jobs: Connection,
 
     one_at_a_time = threading.Lock()  # a rank's threads may print, too
 
-    def send(kind, value):
+    def send(kind: str, value: Any) -> None:
         message = cloudpickle.dumps((kind, value))
         with one_at_a_time:
             jobs.send_bytes(message)
@@ -87,16 +88,16 @@ def main(rank: int, world_size: int, backend: str, port: int, jobs: Connection,
 class _Lines(io.TextIOBase):
     """A stdout that sends each finished line to the caller."""
 
-    def __init__(self, send):
+    def __init__(self, send: Callable[[str, Any], None]):
         self.send, self.rest = send, ""
 
-    def write(self, text):
+    def write(self, text: str) -> int:
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
             self.send("line", line)
         return len(text)
 
-    def close_line(self):
+    def close_line(self) -> None:
         if self.rest:
             self.write("\n")
 

@@ -10,12 +10,12 @@ figure1           the paper's figure 1; explore_figure1 with sliders
 Each returns a `Picture`, or a widget that carries one for readers without a kernel.
 """
 
-from .figure1 import explore_figure1, figure1
+from .maps import partition_map
 from .memory import memory_over_step
-from .partition_map import partition_map
+from .paper import explore_figure1, figure1
 from .picture import Picture
-from .stepper import side_by_side, stepper
-from .timeline import chrome_trace, timeline
+from .steps import side_by_side, stepper
+from .timelines import chrome_trace, timeline
 
 __all__ = ["Picture", "chrome_trace", "explore_figure1", "figure1", "memory_over_step",
            "partition_map", "side_by_side", "stepper", "timeline"]

@@ -1,5 +1,7 @@
 """The picture of a `zero-ref bench` report."""
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 from .palette import INK
@@ -7,7 +9,7 @@ from .palette import INK
 GREY = "#777777"
 
 
-def draw(report):
+def draw(report: dict[str, Any]) -> Figure:
     """report: what `zero_ref.commands.bench.bench` returned. Returns a matplotlib Figure.
 
     A panel per model and world size: time per step of each system over DDP's in the same round,
@@ -46,7 +48,7 @@ def _ratios(ax, part, names):
     ax.set_xlim(0.3, max(row["most"] for row in rows) * 1.15)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("time per step over DDP's (line); range over rounds")
-    ax.set_title(f"{part['numel'] / 1e6:.0f} M parameters, {part['world_size']} ranks", loc="left")
+    ax.set_title(f"{_size(part['numel'])} parameters, {part['world_size']} ranks", loc="left")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
 
@@ -71,13 +73,17 @@ def _times(ax, parts):
                                 "relpos": (0, 0.5)},
                     annotation_clip=False, fontsize=9)
     ax.set_xlim(x[0] * 0.8, x[-1] * 9)
-    ax.set_xticks(x, [f"{value:.0f} M" for value in x])
+    ax.set_xticks(x, [_size(part["numel"]) for part in parts])
     ax.minorticks_off()
-    ax.set_yticks([100, 200, 500, 1000, 2000], ["100", "200", "500", "1,000", "2,000"])
+    ax.set_yticks(ticks := [10, 30, 100, 300, 1000, 3000], [f"{ms:,}" for ms in ticks])
     ax.set_ylim(low * 0.85, high * 1.15)
     ax.set_xlabel(f"parameters, {parts[0]['world_size']} ranks")
     ax.set_title("ms per step", loc="left")
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def _size(numel):
+    return f"{numel / 1e6:.0f} M" if numel >= 1e6 else f"{numel / 1e3:.0f} k"
 
 
 def _ours(system):

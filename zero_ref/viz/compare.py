@@ -1,11 +1,13 @@
 """The picture of a `zero-ref compare` report."""
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 from .palette import COMMUNICATION, INK, KINDS
 
 
-def draw(report):
+def draw(report: dict[str, Any]) -> Figure:
     """report: what `zero_ref.commands.compare.compare` returned. Returns a matplotlib Figure.
 
     Bars are measurements; the thin black outlines and lines are the formula's values.

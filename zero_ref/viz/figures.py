@@ -15,12 +15,12 @@ from .. import course, launch, wrap
 from ..observe import memory
 from ..observe.recorder import record
 from . import Picture, bench, memory_over_step, timeline
-from .stepper import StepDrawing
+from .steps import StepDrawing
 
 RANKS = 4
 
 
-def draw(folder):
+def draw(folder: Path | str) -> list[Path]:
     """Returns the paths of what was written."""
     recordings = {stage: launch(_recorded, RANKS, stage) for stage in range(4)}
     sizes = [unit.sizes for unit in recordings[0][0].units]

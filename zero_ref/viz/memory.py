@@ -1,17 +1,18 @@
 """Bytes of model states from one event of a step to the next."""
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 from matplotlib.figure import Figure
 
-from ..observe.recorder import COMPUTED
+from ..observe.recorder import COMPUTED, Recording
 from .palette import COMMUNICATION, INK, KINDS, bytes_text
 from .picture import Picture
 
 _LINES = ["-", "--", "-.", ":"]
 
 
-def memory_over_step(*recordings, formula=None):
+def memory_over_step(*recordings: Recording, formula: Mapping[int, int] | None = None) -> Picture:
     """Stacked bytes of parameters, gradients and optimizer states, a panel for each Recording, all
     to one scale: give those of one rank at several stages, for instance. Several are laid over one
     another in a last panel.

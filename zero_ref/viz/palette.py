@@ -13,13 +13,13 @@ SHORT = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "broadc
          "all_gather_object": "AG"}
 
 
-def tint(colour, share=0.6):
+def tint(colour: str, share: float = 0.6) -> str:
     """The colour, mixed with this share of white."""
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(c + (255 - c) * share):02X}" for c in channels)
 
 
-def bytes_text(nbytes):
+def bytes_text(nbytes: float) -> str:
     """1,234 B, 12.3 kB, 1.2 MB, 31.4 GB: in steps of 1000."""
     if nbytes < 10_000:
         return f"{nbytes:,.0f} B"

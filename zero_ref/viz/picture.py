@@ -2,17 +2,23 @@
 
 import base64
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
+
+if TYPE_CHECKING:
+    import ipywidgets
 
 
 class Picture:
     """A matplotlib Figure and what it shows in words, for those who do not see it."""
 
-    def __init__(self, figure, text):
+    def __init__(self, figure: Figure, text: str):
         self.figure, self.text = figure, text
         FigureCanvasAgg(figure)
 
@@ -20,14 +26,14 @@ class Picture:
         self.figure.canvas.draw()
         return encode(self.figure.canvas)
 
-    def save(self, path) -> None:
+    def save(self, path: Path | str) -> None:
         Path(path).write_bytes(self.png())
 
-    def _repr_mimebundle_(self, include=None, exclude=None):
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict, dict]:
         return bundle(self.png(), self.text, self.figure.get_figwidth() * 100)
 
 
-def encode(canvas) -> bytes:
+def encode(canvas: FigureCanvasAgg) -> bytes:
     """What a matplotlib canvas shows, as a PNG: flat colours, so that a palette is enough."""
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     file = io.BytesIO()
@@ -35,13 +41,14 @@ def encode(canvas) -> bytes:
     return file.getvalue()
 
 
-def bundle(png, text, width):
+def bundle(png: bytes, text: str, width: float) -> tuple[dict, dict]:
     """A picture as a notebook's output. Width: in CSS pixels."""
     data = {"image/png": base64.b64encode(png).decode(), "text/plain": text}
     return data, {"image/png": {"width": round(width), "alt": text}}
 
 
-def live(controls, image, still, text, width):
+def live(controls: Sequence["ipywidgets.Widget"], image: "ipywidgets.Widget",
+         still: Callable[[], bytes], text: str, width: float) -> "ipywidgets.VBox":
     """A widget of `controls` above `image`, which a reader without a kernel sees as a picture.
 
     still: a function that returns the picture's PNG. text: the description. ipywidgets is imported
@@ -50,7 +57,7 @@ def live(controls, image, still, text, width):
     import ipywidgets
 
     class Live(ipywidgets.VBox):
-        def _repr_mimebundle_(self, **kwargs):
+        def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict, dict]:
             data, metadata = bundle(still(), text, width)
             shown = super()._repr_mimebundle_(**kwargs)
             return {**(shown[0] if isinstance(shown, tuple) else shown), **data}, metadata
@@ -58,7 +65,8 @@ def live(controls, image, still, text, width):
     return Live([*controls, image])
 
 
-def slides(draw, number, text, width, start=0):
+def slides(draw: Callable[[int], bytes], number: int, text: str, width: float,
+           start: int = 0) -> "ipywidgets.VBox":
     """A widget: a slider, also for the arrow keys, and a play button over pictures.
 
     draw: a function from a position to a PNG. number: of pictures. start: the position of the still

@@ -1,20 +1,22 @@
 """Who owns what: flat buffers, their parameters and their slices."""
 
 import math
+from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
+from ..observe.recorder import Layout, Recording
 from .palette import INK, OPTIMIZER, PADDING, PARAMETERS, tint
 from .picture import Picture
 
 
-def partition_map(layouts):
+def partition_map(layouts: Sequence[Layout] | Recording) -> Picture:
     """Draw the flat buffers of a model, one below the other, each as wide as it has elements.
 
-    layouts: what `zero_ref.record.layout(model)` returned, or a Recording.
+    layouts: what `zero_ref.observe.recorder.layout(model)` returned, or a Recording.
     """
-    layouts = getattr(layouts, "units", layouts)
+    layouts = layouts.units if isinstance(layouts, Recording) else layouts
     if not layouts:
         raise ValueError("no units to draw: the model has no parameters")
     figure = Figure(figsize=(9, 0.55 + 1.15 * len(layouts)), layout="constrained", dpi=150)

@@ -1,13 +1,15 @@
 """A recorded step, one event at a time: what every rank holds of every unit."""
 
+from collections.abc import Sequence
 from itertools import groupby, takewhile
+from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ..observe.recorder import ABSENT, COMPUTED, EMPTY, IN_FLIGHT, OWNED, TEMPORARY
+from ..observe.recorder import ABSENT, COMPUTED, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, Recording
 from .palette import (
     BACKWARD,
     COMMUNICATION,
@@ -21,6 +23,9 @@ from .palette import (
     tint,
 )
 from .picture import encode, slides
+
+if TYPE_CHECKING:
+    import ipywidgets
 
 _MOST_UNITS, _MOST_RANKS = 12, 8
 _SAY = {
@@ -40,7 +45,8 @@ _RIBBON = {"forward": FORWARD, "backward": BACKWARD, "step": OPTIMIZER}
 _LETTER = {"forward": "F", "backward": "B", "step": "S"}
 
 
-def stepper(recordings, stage0=None, start=None):
+def stepper(recordings: Sequence[Recording], stage0: Sequence[Recording] | None = None,
+            start: int | None = None) -> "ipywidgets.VBox":
     """A widget with a slider over the events of one step.
 
     recordings: one per rank, of 2 to 8 ranks. stage0: the recordings of the same step at stage 0,
@@ -59,7 +65,7 @@ def stepper(recordings, stage0=None, start=None):
     return slides(drawing.png, len(frames), text, drawing.width, start)
 
 
-def side_by_side(*stages, start=None):
+def side_by_side(*stages: Sequence[Recording], start: int | None = None) -> "ipywidgets.VBox":
     """A widget with a slider over the moments that all stages have in common: the forward and the
     backward of each unit, and the optimizer's step.
 
@@ -82,7 +88,8 @@ class StepDrawing:
     drawn over it.
     """
 
-    def __init__(self, stages, stage0=None):
+    def __init__(self, stages: Sequence[Sequence[Recording]],
+                 stage0: Sequence[Recording] | None = None):
         _check([*stages, stage0] if stage0 else stages)
         self.stages = stages
         self.several = len(stages) > 1
@@ -102,7 +109,7 @@ class StepDrawing:
         self.canvas.draw()
         self.background = self.canvas.copy_from_bbox(self.figure.bbox)
 
-    def png(self, moment) -> bytes:
+    def png(self, moment: int) -> bytes:
         self.canvas.restore_region(self.background)
         self._update(moment)
         for artist in self.changing:
@@ -308,7 +315,7 @@ class StepDrawing:
         bars.set(verts=corners, facecolors=colours)
 
 
-def _fitting(names, pixels):
+def _fitting(names: Sequence[str], pixels: float) -> tuple[list[str], float]:
     """Names of units that fit into columns of this width, and their font size."""
     heads = zip(*[name.split(".")[:-1] for name in names])
     shared = "".join(f"{part[0]}." for part in takewhile(lambda part: len(set(part)) == 1, heads))

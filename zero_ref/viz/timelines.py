@@ -1,10 +1,13 @@
 """When each rank computed, communicated and waited."""
 
 import json
+from collections.abc import Sequence
+from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..observe.recorder import Recording
 from .palette import BACKWARD, COMMUNICATION, FORWARD, INK, OPTIMIZER, SHORT
 from .picture import Picture
 
@@ -13,7 +16,7 @@ _HATCHES = {"all_gather": None, "reduce_scatter": "////", "all_reduce": "xxxx",
             "broadcast": "...."}
 
 
-def timeline(recordings):
+def timeline(recordings: Sequence[Recording]) -> Picture:
     """Lanes for each rank, what it computes above what it communicates, in milliseconds.
 
     recordings: one per rank, of ranks on one machine (which share a clock).
@@ -54,7 +57,7 @@ def timeline(recordings):
                            f"{len(first.events)} collectives per rank")
 
 
-def chrome_trace(recordings, path):
+def chrome_trace(recordings: Sequence[Recording], path: Path | str) -> None:
     """Write the recordings as a trace file for chrome://tracing or Perfetto: a process per rank,
     a thread for what it computes, one for what it communicates, one for when it waits."""
     began = min(r.frames[0].time for r in recordings)

@@ -1,11 +1,16 @@
 """Figure 1 of the ZeRO paper, for any model: memory per rank at each stage."""
 
+from typing import TYPE_CHECKING
+
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..observe import memory
 from .palette import INK, KINDS
 from .picture import Picture, live
+
+if TYPE_CHECKING:
+    import ipywidgets
 
 _NAMES = ["stage 0\n(baseline)", "stage 1\n$P_{os}$", "stage 2\n$P_{os+g}$",
           "stage 3\n$P_{os+g+p}$"]
@@ -14,11 +19,13 @@ _NAMES = ["stage 0\n(baseline)", "stage 1\n$P_{os}$", "stage 2\n$P_{os+g}$",
 class _Bytes:
     """What `memory.model_states` asks of a dtype."""
 
-    def __init__(self, itemsize):
+    def __init__(self, itemsize: int):
         self.itemsize = itemsize
 
 
-def figure1(numel=7_500_000_000, world_size=64, bytes_per_value=(2, 2, 12), stage=None):
+def figure1(numel: int = 7_500_000_000, world_size: int = 64,
+            bytes_per_value: tuple[int, int, int] = (2, 2, 12),
+            stage: int | None = None) -> Picture:
     """Bars by `zero_ref.memory.model_states`, which tests hold to what is measured.
 
     bytes_per_value: of a parameter, its gradient and its optimizer states; the paper's
@@ -49,7 +56,7 @@ def figure1(numel=7_500_000_000, world_size=64, bytes_per_value=(2, 2, 12), stag
     return Picture(figure, f"{numel:,} parameters on {world_size} ranks: {text}")
 
 
-def explore_figure1(numel=7_500_000_000, world_size=64):
+def explore_figure1(numel: int = 7_500_000_000, world_size: int = 64) -> "ipywidgets.VBox":
     """The same with sliders for parameters, ranks, bytes per value and stage: a widget."""
     import ipywidgets
     from ipywidgets import Layout
