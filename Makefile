@@ -5,7 +5,7 @@
 # make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
 # make notebooks     runs all notebooks and keeps what they print and show
 # make figures       draws the figures anew, from runs; make bench draws its own
-# make bench         times every stage beside what people use instead; a quarter of an hour
+# make bench         times every stage beside what people use instead; half an hour
 # make scale         the same with 1, 2, 4 and 8 ranks
 # Each makes .venv and installs what it needs when that is missing.
 

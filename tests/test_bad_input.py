@@ -203,7 +203,7 @@ def test_an_optimizer_that_is_not_elementwise(stage, optimizer):
            f"stage {stage}", "use stage 0, or one of SGD, Adam")
 
 
-def test_other_optimizers_are_left_alone():
+def test_other_optimizers_are_not_touched():
     def step():
         model = zero_ref.wrap(toy.build(), 2)
         other = nn.Parameter(torch.ones(3))

@@ -125,7 +125,7 @@ def most_gathered_in_backward(stage):
     return max(counts)
 
 
-def test_frozen_parameters_are_let_go_right_after_backward_too():
+def test_frozen_parameters_are_freed_right_after_backward_too():
     for stages in toy.ranks(lambda: [most_gathered_in_backward(stage) for stage in STAGES], 2):
         assert stages == [8, 8, 8, 1]
 

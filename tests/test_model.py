@@ -118,11 +118,11 @@ class Branches(Stack):
 
     def __init__(self, numel):
         super().__init__([Layer(), Layer()])
-        self.shard_slice = nn.Parameter(torch.ones(numel))
+        self.scale = nn.Parameter(torch.ones(numel))
 
     def forward(self, x):
         x = super().forward(x)
-        return x * self.shard_slice[:WIDTH] if self.rank == 1 else x
+        return x * self.scale[:WIDTH] if self.rank == 1 else x
 
 
 @pytest.mark.parametrize("numel", [WIDTH, sum(p.numel() for p in Layer().parameters())])

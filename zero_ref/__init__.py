@@ -76,7 +76,8 @@ def wrap(module: nn.Module, stage: int, *,
     # Everyone hears of everyone's plan or problem before anything else is sent, so that a mistake
     # on one rank is an error on all ranks, and not a wait for ever.
     options: dict[str, Any] = {"overlap": overlap, "mixed_precision": mixed_precision,
-               "checked": bool(check) or checking.wanted(), "bucket_cap_mb": bucket_cap_mb}
+                               "checked": bool(check) or checking.wanted(),
+                               "bucket_cap_mb": bucket_cap_mb}
     if stage == 3:
         options["reshard_after_forward"] = reshard_after_forward
     agreement.agree({"stage": stage, **options}, module, units_found, problem, group)

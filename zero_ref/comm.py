@@ -1,6 +1,6 @@
 """The collectives that ZeRO needs. Every message of a stage is started by one of them.
 
-Each takes flat, contiguous buffers and returns a `Handle` at once; the result may be used after
+They take flat, contiguous buffers and return a `Handle` at once; the result may be used after
 `handle.wait()`. A buffer's *slices* are its world_size equal parts; slice r belongs to rank r.
 With N ranks and a buffer of B bytes, each rank has to send
 

@@ -118,7 +118,7 @@ class Unit(Layout):
         mixed = self.dtype != full.dtype and not self.frozen
         self.master = full[self.shard_slice].clone() if mixed else self.shard
         self.master_params = [master_parameter(view, not self.frozen)
-                      for view in self.master_views(self.master)]
+                              for view in self.master_views(self.master)]
         self.version = self.master._version
 
     @property
@@ -128,7 +128,7 @@ class Unit(Layout):
 
     @property
     def mixed(self) -> bool:
-        """Whether the master copy is one: of another dtype than what the model computes with."""
+        """Whether the master is a copy, of another dtype than what the model computes with."""
         return self.master.dtype != self.flat.dtype
 
     def publish(self) -> None:
@@ -174,7 +174,7 @@ class Unit(Layout):
 
     def grad_memory(self, numel: int, dtype: torch.dtype) -> Tensor:
         """(numel,) for gradients that the optimizer is to see: the same memory in every step. New
-        memory comes from the kernel page by page, which costs more time than to fill it."""
+        memory comes from the kernel page by page, which takes longer than filling it."""
         if any(p.grad is not None for p in self.master_params):
             return self.flat.new_empty(numel, dtype=dtype)  # for what will be added to those
         if dtype not in self.kept_grads:
@@ -203,9 +203,9 @@ def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_s
     """The Units of `module`, the root's first. Nothing of the module is changed yet.
 
     units: which submodules are units, see `zero_ref.wrap`. A parameter belongs to the innermost
-    unit that contains all the places where it hangs, or else to the root. precision_of: tells the
-    dtypes of a parameter and of its gradient while they compute and communicate, from it and the
-    modules around it. Raises ValueError if the units match nothing, or if one would mix devices.
+    unit that contains all the places where it hangs, or else to the root. precision_of: from a
+    parameter and the modules around it to its dtype and its gradient's, as they are communicated.
+    Raises ValueError if the units match nothing, or if one would mix devices.
     """
     rules.check_module(module)
     found = rules.find_units(module, units)

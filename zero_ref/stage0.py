@@ -3,9 +3,9 @@
 Ψ is the number of parameters, N the number of ranks. One training step:
 
     Phase 1  forward     rank 0's buffers are broadcast; then the module runs as it is
-    Phase 2  backward    as soon as autograd has produced the gradients of a bucket, they are summed
-                         over the ranks and divided by N: one all_reduce per bucket, 2Ψ·(N-1)/N
-                         elements sent in all, while autograd goes on with the units before it
+    Phase 2  backward    in turn, when autograd has produced the gradients of a bucket, they are
+                         summed over the ranks and divided by N: one all_reduce per bucket,
+                         2Ψ·(N-1)/N elements sent in all, while autograd goes on
     Phase 3  deliver     when a bucket's mean has arrived, the optimizer's parameters get it
     Phase 4  step        every rank updates every parameter, all in the same way
 

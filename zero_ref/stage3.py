@@ -4,7 +4,7 @@ Stage 2 plus one partition: between uses, a rank keeps only its shard of a unit'
 full ones are gathered just before a unit's forward and again before its backward, and freed right
 after, so the all_gather after the step is gone:
 
-    Phase 1  forward     unshard each unit (all_gather), run it, reshard it; the next unit is
+    Phase 1  forward     unshard each unit (all_gather), run it, reshard it; the next bucket is
                          gathered while it runs: Ψ·(N-1)/N elements sent in all
     Phase 2  backward    unshard each unit again, Ψ·(N-1)/N; when autograd has left it, reshard it.
                          One reduce_scatter per bucket as at stage 2, Ψ·(N-1)/N
@@ -52,7 +52,7 @@ class Stage3(Stage2):
 
     def _register_hooks(self) -> list:
         hooks = super()._register_hooks()
-        # How many buckets are gathered ahead. check=True wants one order of all collectives: none.
+        # How many buckets are gathered ahead; with check=True none, for one order of collectives.
         self.prefetch = 1 if self.overlap and self._checker is None else 0
         self._passes, self._calls = {"forward": Pass(), "backward": Pass()}, Calls()
         self._units_of = defaultdict(list)  # module -> its units: trainable, frozen, by dtype
@@ -119,7 +119,7 @@ class Stage3(Stage2):
         unit.gathered = False
 
     def _empty(self, unit: Unit) -> None:
-        """For who kept a reference to a parameter: an empty tensor, not a dangling one."""
+        """Whoever kept a reference to a parameter has an empty tensor then, not a dangling one."""
         for p in unit.params:
             p.data = p.data.new_empty(0)
 
@@ -136,7 +136,7 @@ class Stage3(Stage2):
         return output
 
     def _pre_forward(self, submodule: nn.Module, args: tuple, kwargs: dict) -> tuple:
-        units = self._units_of.get(submodule, [])  # none: the root, or a copy that has our hooks
+        units = self._units_of.get(submodule, [])  # none: a root, or a copy that has our hooks
         if self._backward is not None:  # activation checkpointing runs forward again
             for unit in units:
                 self._unshard([unit], "recompute")

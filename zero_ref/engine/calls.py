@@ -37,7 +37,7 @@ class Call:
                          if node is not None and not hasattr(node, "variable")]
 
     def expect(self) -> bool:
-        """Whether the running backward comes by here, and at how many of the inputs it leaves."""
+        """Whether the running backward comes by here. Counts the inputs at which it will leave."""
         will_run = torch._C._will_engine_execute_node
         self.mark.expected = sum(map(will_run, self.inputs))
         return self.mark.expected > 0 or any(map(will_run, self.last))

@@ -14,13 +14,9 @@ def annotate(error: BaseException) -> None:
         if where:
             error.add_note(f"This was in the {where}, at stage "
                            f"{model.stage}, on rank {model.rank}.")
-            if model.stage == 3 and _no_memory(error):
+            if model.stage == 3 and "storage of size 0" in str(error):
                 error.add_note("A parameter was used while its unit was not gathered: did a tensor "
                                "leave a unit in another way than through its output? Return it.")
-
-
-def _no_memory(error):
-    return "storage of size 0" in str(error)
 
 
 def _in_forward(model, traceback):

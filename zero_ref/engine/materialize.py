@@ -20,8 +20,8 @@ def give_memory_to_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
         for key, buffer in submodule._buffers.items():
             if buffer is not None and buffer.is_meta:
                 with_memory = torch.empty_like(buffer, device=_device(group))
-                submodule._buffers[key] = _without_values(with_memory)
-                if not _own_params(submodule):  # else initialized together with these
+                submodule._buffers[key] = with_memory.fill_(_marker(with_memory))
+                if not [*submodule.parameters(recurse=False)]:  # else initialized with these
                     homes.add(submodule)
     if homes:
         _initialize(module, homes, here=set())
@@ -38,7 +38,7 @@ def flatten(units: list, module: nn.Module, group: dist.ProcessGroup) -> None:
     homes = {m for unit in on_meta for places in unit.slots for m, _ in places}
     here = {p for unit in units for p in unit.params}
     for name, submodule in module.named_modules():
-        if submodule in homes and not here.issuperset(_own_params(submodule)):
+        if submodule in homes and not here.issuperset(submodule.parameters(recurse=False)):
             raise ValueError(f"{name!r} was built on the meta device, but its parameters belong to "
                              "two units, because one of them is tied: it cannot be initialized "
                              "unit by unit; build it on a real device")
@@ -52,7 +52,7 @@ def _give_memory(unit, device):
     # buffer, and autograd would take a gather for a change of the parameter.
     unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad) for p in unit.params]
     for view in unit.full_views(unit.flat):
-        _without_values(view)
+        view.fill_(_marker(view))
     unit.point_to(unit.flat)
     show_in_module(unit, unit.params)
 
@@ -90,14 +90,6 @@ def _children_first(module, model):
     for child in module.children():
         yield from _children_first(child, model)
     yield module, model
-
-
-def _own_params(submodule):
-    return [p for p in submodule._parameters.values() if p is not None]
-
-
-def _without_values(tensor):
-    return tensor.fill_(_marker(tensor))
 
 
 def _has_no_values(tensor):

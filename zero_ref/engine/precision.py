@@ -2,7 +2,8 @@
 
 The parameters that the model computes with are rounded copies. The optimizer updates the master
 copy, in which small steps are not lost, and which the stages cut as they cut optimizer states.
-Per parameter that is 2 bytes, 2 for the gradient and 12 for fp32 Adam's states and master copy.
+Per parameter that is 2 bytes, 2 for the gradient (4 if it is reduced in fp32) and 12 for fp32
+Adam's states and master copy.
 
 Micikevicius et al., Mixed Precision Training, ICLR 2018; Rajbhandari et al., ZeRO, section 3.1.
 """
