@@ -11,6 +11,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+LAB_CONFIG := .venv/etc/jupyter/labconfig/page_config.json
 
 .PHONY: compare quick test bench scale figures lab notebooks test-browser clean
 
@@ -49,8 +50,13 @@ figures: .venv/.installed
 	$(BIN)/zero-ref compare --figure figures/compare.png
 	$(BIN)/python -m zero_ref.viz.figures figures
 
-lab: .venv/.installed-lab
+lab: .venv/.installed-lab $(LAB_CONFIG)
 	$(BIN)/jupyter lab notebooks $(ARGS)
+
+# Without this, JupyterLab opens with a question: whether it may fetch news.
+$(LAB_CONFIG): | .venv/.installed-lab
+	$(BIN)/jupyter labextension disable --level sys_prefix --log-level WARN \
+	    @jupyterlab/apputils-extension:announcements
 
 notebooks: .venv/.installed-lab
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \

@@ -1,16 +1,22 @@
-"""The README says what the commands print."""
+"""The pages say what commands print and what the code is called; their links lead somewhere."""
 
+import inspect
 import json
 import re
 from pathlib import Path
 
 import pytest
+import reading_time
 import torch
 
+import zero_ref
 from zero_ref.commands import bench, compare
 from zero_ref.engine import optimizers as optim
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+PAGES = {str(path.relative_to(ROOT)): path.read_text()
+         for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")))}
+README = PAGES["README.md"]
 
 
 def test_the_table_is_what_compare_prints():
@@ -31,14 +37,67 @@ def test_the_training_loop_runs(capsys):
     assert capsys.readouterr().out.startswith("[{'parameters': 1")
 
 
+def test_the_minutes_are_those_that_reading_takes():
+    """A notebook may change a little: python tests/reading_time.py prints what it is now."""
+    stated = dict(re.findall(r"\(notebooks/(\w+\.ipynb)\) .* (\d+) \|$", README, re.MULTILINE))
+    assert stated.keys() == {path.name for path in reading_time.NOTEBOOKS.glob("*.ipynb")}
+    for name, minutes in stated.items():
+        assert abs(int(minutes) - reading_time.minutes(reading_time.NOTEBOOKS / name)) <= 5, name
+
+
+def test_the_options_of_wrap():
+    for name, option in inspect.signature(zero_ref.wrap).parameters.items():
+        if option.kind is option.KEYWORD_ONLY:
+            assert f"| `{name}` | `{option.default}` |" in PAGES["docs/interface.md"]
+
+
 @pytest.mark.parametrize("kind", optim.ELEMENTWISE)
-def test_the_optimizers_it_names(kind):
-    assert issubclass(kind, torch.optim.Optimizer) and kind.__name__ in README
+def test_the_optimizers_that_work(kind):
+    assert issubclass(kind, torch.optim.Optimizer)
+    assert re.search(rf"\b{kind.__name__}\b", PAGES["docs/what_works.md"])
 
 
 def test_the_bench_table_is_what_was_measured(capsys):
-    report = json.loads((Path(__file__).parent.parent / "figures" / "bench.json").read_text())
+    report = json.loads((ROOT / "figures" / "bench.json").read_text())
     bench.print_report(report)
     printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    missing = [line for line in printed if line and line not in README.splitlines()]
+    missing = [line for line in printed
+               if line and line not in PAGES["docs/measuring.md"].splitlines()]
     assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """To files and folders of this repository, and to headings in its pages."""
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in link]
+    for link in links:
+        name, _, heading = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), link
+        if heading:
+            assert heading in headings(target.read_text()), link
+    assert links or page == "CHANGELOG.md"
+
+
+def headings(text):
+    """As GitHub writes them in a link."""
+    lines = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_the_files_that_hold_the_promises_exist():
+    there = {path.name for path in (ROOT / "tests").rglob("*.py")}
+    named = set(re.findall(r"\w+\.py\b", PAGES["docs/tests.md"]))
+    assert named and named <= there, named - there
+
+
+def test_contributors_are_told_of_what_there_is():
+    """Files, and names that the code has somewhere."""
+    files = [path for folder in ("zero_ref", "tests") for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join(path.read_text() for path in files if path != Path(__file__))
+    for name in re.findall(r"`([\w./]+)`", PAGES["CONTRIBUTING.md"]):
+        if name.endswith((".py", "/")):
+            assert any((ROOT / folder / name).exists() for folder in (
+                "", "zero_ref", "zero_ref/viz")), name
+        else:
+            assert re.search(rf"\b{re.escape(name)}\b", code), name
