@@ -11,7 +11,7 @@ from toy import STAGES, padded
 
 import zero_ref
 from zero_ref import comm, memory
-from zero_ref.commands.compare import _peak_bytes
+from zero_ref.commands.measure import most_bytes
 from zero_ref.observe.trace import loopback_bytes
 
 STATES = {"sgd": 1, "adam": 2, "adamw": 2}
@@ -75,7 +75,8 @@ def most_during_a_step(stage, overlap):
     for hook in hooks:
         hook.remove()
     most = {kind: max(s[kind] for s in seen) for kind in seen[0]}
-    return most, _peak_bytes(torch.device("cpu"), model, opt, step)
+    at_rest = sum(memory.resident(model, opt).values())
+    return most, at_rest + most_bytes(torch.device("cpu"), step)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -292,7 +293,8 @@ def send_much(op):
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the kernel does not say")
 @pytest.mark.parametrize("op", ["broadcast", "reduce_scatter", "all_gather", "all_reduce"])
 def test_the_kernel_counts_what_the_trace_records(op):
-    answers = toy.ranks(send_much, 3, op)
+    tries = [toy.ranks(send_much, 3, op) for _ in range(3)]  # others may use the device, too
+    answers = min(tries, key=lambda answers: max(count for _, count in answers))
     recorded = sum(sent for sent, _ in answers)
     if op == "broadcast":
         assert answers[0][0] == recorded  # rank 0 is the one that sends

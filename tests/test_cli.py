@@ -10,6 +10,8 @@ import torch
 import zero_ref
 from zero_ref.commands import compare as compare_module
 from zero_ref.commands.cli import main
+from zero_ref.commands.train import train
+from zero_ref.tasks import data
 
 FEW = ["--world-size", "2", "--steps", "4", "--batch-size", "8"]
 
@@ -21,65 +23,63 @@ def test_import_draws_nothing():
     assert done.stdout == "[]\n", done.stderr
 
 
-@pytest.mark.parametrize("task", ["digits", "text"])
+@pytest.mark.parametrize("task", ["cnn", "text"])
 def test_compare(task, tmp_path, capsys):
     report_file, figure = tmp_path / "report.json", tmp_path / "figure.png"
     status = main(["compare", "--task", task, *FEW, "--json", str(report_file),
                    "--figure", str(figure)])
     text = capsys.readouterr().out
-    assert status == 0 and "All 16 promises hold" in text
+    assert status == 0 and "All 20 promises hold" in text, text
     assert figure.read_bytes().startswith(b"\x89PNG")
 
     report = json.loads(report_file.read_text())
-    names = ["DDP", "stage 0", "stage 1", "stage 2", "stage 3"]
+    names = ["DDP", "FSDP2", "stage 0", "stage 1", "stage 2", "stage 3"]
     assert [row["system"] for row in report["systems"]] == names
+    unit = 1e6 if max(row["peak_bytes"] for row in report["systems"]) > 1e7 else 1e3
     for row in report["systems"]:
         assert f"{row['loss']:.4f}" in text
-        assert f"{sum(row['resident_bytes'].values()) / 1e3:,.1f}" in text
+        assert f"{sum(row['resident_bytes'].values()) / unit:,.1f}" in text
+        assert f"{row['peak_bytes'] / unit:,.1f}" in text
         assert all(row["promises"].values())
-        assert row["resident_bytes"] == row["formula_bytes"]
-        assert row["peak_bytes"] > sum(row["resident_bytes"].values()) * (row["system"] != "DDP")
-    sent = [row["sent_bytes_per_step"] for row in report["systems"][1:]]
+        assert row["formula_bytes"] in (None, row["resident_bytes"])
+        # What is alive is what the ledger says, and at most a few buffers and a batch beside it.
+        held = sum(row["resident_bytes"].values())
+        assert held <= row["together_bytes"] <= held + 100_000
+    sent = [row["sent_bytes_per_step"] for row in report["systems"][2:]]
     assert sent[0] == sent[1] == sent[2] and sent[3] * 2 == sent[0] * 3
-    held = [sum(row["resident_bytes"].values()) for row in report["systems"][1:]]
+    held = [sum(row["resident_bytes"].values()) for row in report["systems"][2:]]
     assert held == sorted(held, reverse=True) and len(set(held)) == 4
-    ddp = report["systems"][0]
-    # The command trains in fp32, and DDP sums in another order.
-    assert abs(ddp["loss"] - report["systems"][1]["loss"]) < 1e-4
-    if ddp["counted_by_kernel"]:
-        # The kernel counts TCP's headers too.
-        assert abs(ddp["counted_by_kernel"] / ddp["formula_sent_bytes"] - 1) < 0.05
+    for row in report["systems"]:
+        if row["counted_by_kernel"] and row["formula_sent_bytes"]:
+            # The kernel counts headers too, and whatever else goes over the loopback device.
+            assert row["counted_by_kernel"] >= row["formula_sent_bytes"] - 1
 
 
-def test_compare_some_stages(tmp_path):
+def test_compare_with_a_number_of_ranks_alone(tmp_path):
     file = tmp_path / "report.json"
-    assert main(["compare", *FEW, "--stages", "3", "--optimizer", "sgd", "--json", str(file)]) == 0
+    assert main(["compare", "--world-size", "3", "--task", "cnn", "--steps", "2", "--stages", "3",
+                 "--optimizer", "sgd", "--json", str(file)]) == 0
     report = json.loads(file.read_text())
-    assert [row["system"] for row in report["systems"]] == ["DDP", "stage 0", "stage 3"]
-    assert report["optimizer"] == "sgd"
+    assert [row["system"] for row in report["systems"]] == ["DDP", "FSDP2", "stage 0", "stage 3"]
+    assert report["optimizer"] == "SGD"
 
 
 def test_compare_fails_if_a_promise_does_not_hold(monkeypatch, capsys):
-    def launch_and_spoil(*args, **kwargs):
-        by_rank = zero_ref.launch(*args, **kwargs)
-        stage_2, stage_3 = by_rank[0][3], by_rank[1][4]
-        stage_2["weights"]["0.bias"][0] += 1e-7
-        stage_3["resident"]["gradients"] += 4
-        return by_rank
+    def run_and_spoil(*args, **kwargs):
+        report = run(*args, **kwargs)
+        report["failed_promises"].append("stage 3: nothing holds")
+        return report
 
-    monkeypatch.setattr(compare_module, "launch", launch_and_spoil)
-    assert main(["compare", *FEW]) == 1
-    text = capsys.readouterr().out
-    assert "2 of 16 promises do NOT hold" in text
-    assert "stage 2: the weights are those of stage 0, bit for bit" in text
-    assert "stage 3: resident bytes are those of the formula on every rank" in text
+    run = compare_module.run
+    monkeypatch.setattr(compare_module, "run", run_and_spoil)
+    assert main(["compare", "--task", "cnn", *FEW]) == 1
+    assert "1 of 20 promises do NOT hold:\n  stage 3: nothing" in capsys.readouterr().out
 
 
 def test_digits_are_learnt():
     """Held-out accuracy above 95 %, with the command's own defaults."""
-    report = zero_ref.launch(lambda: zero_ref.commands.train.train(
-        "digits", 3, steps=200, batch_size=48, optimizer="adam", device="cpu", seed=0,
-        data_dir=None), 2)[0]
+    report = zero_ref.launch(lambda: train(lambda: data.task("digits", None, 4, 96), 3, steps=50,
+                                           device="cpu", seed=0), 4)[0]
     assert report["held_out"] > 0.95
 
 

@@ -39,6 +39,10 @@ def test_a_step_sees_the_same_samples_at_any_world_size(task):
         x = torch.cat([x for x, _ in parts]).flatten(1).float()
         return sorted(map(tuple, x.tolist()))
 
+    as_task = data.task("digits", None, 3, 12, seed=1)
+    order = list(data.batches(data.load("digits"), 130, 12, 2, 3, seed=1))
+    for step in (0, 118, 119, 129):  # also in the second epoch, which begins with step 119
+        assert all(map(torch.equal, as_task.batch(step, 2), order[step]))
     for step in (0, 3):
         assert len({tuple(samples(n, step)) for n in (1, 2, 3, 4)}) == 1
     assert samples(2, 0) != samples(2, 1)
@@ -51,7 +55,7 @@ def test_batch_size(batch_size, fits):
 
 
 def test_unknown_task():
-    with pytest.raises(ValueError, match="task 'cifar': must be one of digits, mnist, text"):
+    with pytest.raises(ValueError, match="task 'cifar': must be one of digits, cnn, mnist, text"):
         data.load("cifar")
 
 
@@ -91,8 +95,8 @@ def test_mnist_files(mnist):
 
 def test_mnist_trains(mnist):
     reports = zero_ref.launch(
-        lambda: train("mnist", 3, steps=2, batch_size=10, optimizer="sgd", device="cpu", seed=0,
-                      data_dir=mnist), 2)
+        lambda: train(lambda: data.task("mnist", mnist, 2, 10, "sgd"), 3, steps=2, device="cpu",
+                      seed=0), 2)
     assert reports[0]["metric"] == "accuracy" and reports[0]["loss"] == reports[1]["loss"]
 
 

@@ -98,7 +98,8 @@ def test_a_backward_from_a_captured_input_goes_through_no_unit(stage):
         return [p.grad is not None and p.grad.as_subclass(torch.Tensor).abs().sum().item() > 0
                 for name, p in model.named_parameters() if name.startswith("layers.0.a")]
 
-    assert toy.ranks(run, 2) == [[True, True]] * 2  # the first layer's, and nothing was waited for
+    by_rank = toy.ranks(run, 2)
+    assert [any(ranks) for ranks in zip(*by_rank)] == [True, True]  # on the rank that has a part
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -25,7 +25,8 @@ from .stage2 import Stage2
 from .stage3 import Stage3
 
 __all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
-           "init", "launch", "load_ipython_extension", "memory", "record", "trace", "wrap"]
+           "compare", "init", "launch", "load_ipython_extension", "memory", "record", "trace",
+           "wrap"]
 __version__ = "0.1.0"
 
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
@@ -97,3 +98,11 @@ def _plan(module, stage, units, mixed_precision, bucket_cap_mb, group):
     if not isinstance(bucket_cap_mb, int | float) or not bucket_cap_mb >= 0:
         raise ValueError(f"bucket_cap_mb={bucket_cap_mb!r}: must be a number of MB, 0 or more")
     return lay_out(module, units, precision_of, dist.get_rank(group), dist.get_world_size(group))
+
+
+def __getattr__(name):
+    if name == "compare":  # imported only when it is asked for: it draws, and prints tables
+        from .commands.compare import compare
+
+        return compare
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

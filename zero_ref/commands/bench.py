@@ -5,16 +5,16 @@ are taken within a round, so that whatever else the machine is doing hits all al
 """
 
 import importlib.util
+import inspect
 import io
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from typing import Any
 import cloudpickle
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.progress import Progress
@@ -31,55 +30,22 @@ from torch import Tensor, nn
 
 from .. import wrap
 from ..engine import transport
+from ..engine.units import find_units
 from ..observe import memory
 from ..observe.trace import loopback_bytes
 from ..ranks.pool import Pool
-from ..tasks import data
+from ..tasks import files
 from ..tasks.models import GPT, cnn
+from ..tasks.named import NAMED, VOCAB, adamw
+from ..tasks.task import Task
+from .systems import ddp, fsdp2
 from .train import backend_for, describe, prepare_device
 
-VOCAB = 256
 WARM_UP = 3  # steps that are not counted: the first creates optimizer states, and connections
-Batches = Iterable[tuple[Tensor, Tensor]]
-Loss = Callable[[Tensor, Tensor], Tensor]
-Step = Callable[[Tensor, Tensor], Tensor]
-
-
-@dataclass
-class Model:
-    """What is trained. batches: (steps, rank, world_size) -> as many batches (x, y) for that rank.
-    times: how many times as many steps are taken, for a model whose step is short."""
-
-    what: str
-    build: Callable[[], nn.Module]
-    batches: Callable[[int, int, int], Batches]
-    loss: Loss
-    times: int = 1
-
-
-def _digits(steps, rank, world_size):
-    return data.batches(data.load("digits"), steps, 48, rank, world_size, seed=0)
-
-
-def _gpt(width, layers, heads, sequences, tokens):
-    """sequences: per rank; tokens: per sequence, random ones."""
-    def batches(steps, rank, world_size):
-        generator = torch.Generator().manual_seed(rank)
-        return torch.randint(VOCAB, (steps, 2, sequences, tokens), generator=generator)
-
-    return Model("GPT", lambda: GPT(VOCAB, tokens, width, heads, layers), batches,
-                 lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()))
-
-
-# The CNN is so small that what a step costs apart from computing decides. The first GPT has work
-# enough per parameter to hide messages behind; the last has next to none, so messages decide.
-MODELS = {
-    "CNN": Model("CNN on digits (48 a step, ten times the steps)", lambda: cnn(8, 8), _digits,
-                 F.nll_loss, times=10),
-    "3M": _gpt(256, 4, 4, 4, 64),
-    "15M": _gpt(448, 6, 7, 2, 32),
-    "57M": _gpt(768, 8, 12, 1, 16),
-}
+TIMES = {"CNN": 10}  # how many times as many steps are taken, where a step is short
+TITLES = {"CNN": "CNN on digits (48 a step, ten times the steps)", "3M": "GPT", "15M": "GPT",
+          "57M": "GPT"}
+Step = Callable[[Any], Tensor]
 
 
 def bench(models: Sequence[str], systems: Sequence[str] | None, world_sizes: Sequence[int], *,
@@ -88,8 +54,8 @@ def bench(models: Sequence[str], systems: Sequence[str] | None, world_sizes: Seq
     """Time the systems in turns. Returns the report that `zero-ref bench --json` writes: for each
     model and world size a part, in it a row per system, and the Python overhead per unit.
 
-    models: keys of MODELS. systems: keys of SYSTEMS, None for all that are installed; "DDP" and
-    "floor" are always measured. Raises ValueError for what cannot be run.
+    models: what `zero_ref.tasks.files.load` takes. systems: keys of SYSTEMS, None for all that are
+    installed; "DDP" and "floor" are always measured. Raises ValueError for what cannot be run.
     """
     if rounds < 1 or steps < 1 or min(world_sizes) < 1:
         raise ValueError(f"rounds={rounds}, steps={steps}, world sizes {world_sizes}: at least 1")
@@ -101,7 +67,8 @@ def bench(models: Sequence[str], systems: Sequence[str] | None, world_sizes: Seq
                          + ("" if _has_deepspeed() else " (DeepSpeed is not installed)"))
     systems = [s for s in available if systems is None or s in {*systems, "DDP", "floor"}]
     report: dict[str, Any] = {"rounds": rounds, "steps": steps, "machine": _machine(),
-                              "torch": torch.__version__, "optimizer": "AdamW", "parts": []}
+                              "torch": torch.__version__, "parts": [],
+                              "optimizer": "AdamW" if {*models} <= {*NAMED} else "its optimizer"}
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         line = bar.add_task("", total=len(models) * len(world_sizes) * rounds * len(systems))
         for model, world_size in [(m, n) for m in models for n in world_sizes]:
@@ -131,12 +98,14 @@ def _in_fresh_processes(fn, world_size, backend, *args):
     return answers[0] | {"peak": max(answer["peak"] for answer in answers)}
 
 
-# ---- the systems: each turns a module and its loss into a function step(x, y) -> loss ------------
+# ---- the systems: each turns a module and its Task into a function step(batch) -> loss -----------
 
 
-def _loop(model, optimizer, loss_of):
-    def step(x, y):
-        loss = loss_of(model(x), y)
+def _loop(model, task, optimizer=None):
+    optimizer = optimizer or task.optimizer(model.parameters())
+
+    def step(batch):
+        loss = task.loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -145,61 +114,35 @@ def _loop(model, optimizer, loss_of):
     return step
 
 
-def _adamw(params):
-    return torch.optim.AdamW(params, lr=1e-4)
-
-
-def _floor(net, loss_of):
-    return _loop(net, _adamw(net.parameters()), loss_of)
-
-
-def _ddp(net, loss_of):
-    model = nn.parallel.DistributedDataParallel(net)
-    return _loop(model, _adamw(model.parameters()), loss_of)
-
-
-def _zero_redundancy(net, loss_of):
+def _zero_redundancy(net, task):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    model = nn.parallel.DistributedDataParallel(net)
-    optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=1e-4)
-    return _loop(model, optimizer, loss_of)
+    like = task.optimizer([nn.Parameter(torch.zeros(1))])
+    takes = inspect.signature(type(like)).parameters
+    options = {name: value for name, value in like.defaults.items() if name in takes}
+    model = ddp(net)
+    return _loop(model, task, ZeroRedundancyOptimizer(model.parameters(), type(like), **options))
 
 
 def _fsdp2(reshard_after_forward):
-    def build(net, loss_of):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        kind = next(net.parameters()).device.type
-        mesh = init_device_mesh(kind, (dist.get_world_size(),))
-        for unit in [*_units(net), net]:
-            fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward)
-        return _loop(net, _adamw(net.parameters()), loss_of)
-
-    return build
-
-
-def _units(net):
-    """The parts that are units in `wrap`, too: a GPT's blocks, or a CNN's layers with parameters.
-    """
-    return [part for part in getattr(net, "blocks", net) if list(part.parameters())]
+    return lambda net, task: _loop(fsdp2(
+        net, task.units, reshard_after_forward=reshard_after_forward), task)
 
 
 def _deepspeed(stage):
-    def build(net, loss_of):
+    def build(net, task):
         os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
         import deepspeed
 
         engine, *_ = deepspeed.initialize(
             model=net, model_parameters=net.parameters(), dist_init_required=False,
-            optimizer=_adamw(net.parameters()),
+            optimizer=task.optimizer(net.parameters()),
             config={"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
                     "zero_force_ds_cpu_optimizer": False,
                     "zero_optimization": {"stage": stage, "overlap_comm": False}})
 
-        def step(x, y):
-            loss = loss_of(engine(x), y)
+        def step(batch):
+            loss = task.loss(engine, batch)
             engine.backward(loss)
             engine.step()
             return loss
@@ -210,17 +153,13 @@ def _deepspeed(stage):
 
 
 def _ours(stage, **options):
-    def build(net, loss_of):
-        model = wrap(net, stage, **options)
-        return _loop(model, _adamw(model.parameters()), loss_of)
-
-    return build
+    return lambda net, task: _loop(wrap(net, stage, units=task.units, **options), task)
 
 
 # "floor" is one process without communication: no system can be faster on the same cores.
-SYSTEMS: dict[str, Callable[[nn.Module, Loss], Step]] = {
-    "floor": _floor,
-    "DDP": _ddp,
+SYSTEMS: dict[str, Callable[[nn.Module, Task], Step]] = {
+    "floor": _loop,
+    "DDP": lambda net, task: _loop(ddp(net), task),
     "stage 0": _ours(0),
     "stage 1": _ours(1),
     "stage 2": _ours(2),
@@ -245,27 +184,26 @@ def _has_deepspeed():
 def _measure(system: str, name: str, device: str, steps: int) -> dict[str, Any]:
     device = prepare_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = MODELS[name]
-    warm_up, steps = model.times * WARM_UP, model.times * steps
+    task, times = files.load(name, world_size), TIMES.get(name, 1)
+    warm_up, steps = times * WARM_UP, times * steps
     _load_libraries(device)
     before = _resident_set(device)
     torch.manual_seed(0)
-    net = model.build().to(device)
+    net = task.build().to(device)
     about = {"numel": _numel(net), "device": describe(device),
-             "largest_unit": max(map(_numel, _units(net)))}
-    batches = [(x.to(device), y.to(device))
-               for x, y in model.batches(warm_up + steps, rank, world_size)]
+             "largest_unit": max(map(_numel, find_units(net, task.units).values()), default=0)}
+    batches = [task.batch_on(device, step, rank) for step in range(warm_up + steps)]
 
     with redirect_stdout(io.StringIO()):  # DeepSpeed talks
-        step = SYSTEMS[system](net, model.loss)
-        for x, y in batches[:warm_up]:
-            step(x, y)
+        step = SYSTEMS[system](net, task)
+        for batch in batches[:warm_up]:
+            step(batch)
     dist.barrier()
     _reset_peak(device)
     sent_before = loopback_bytes()
     clock = _clock(device)
-    for x, y in batches[warm_up:]:
-        loss = step(x, y)
+    for batch in batches[warm_up:]:
+        loss = step(batch)
     seconds = clock() / steps
     losses = [0.0] * world_size
     dist.all_gather_object(losses, loss.item())  # also waits for the other ranks
@@ -280,8 +218,8 @@ def _load_libraries(device):
     """Two tiny steps, so that the memory of code and libraries is not taken for a model's."""
     for net, x in ((GPT(VOCAB, 2, 8, 1, 1), torch.zeros(1, 2, dtype=torch.long)),
                    (cnn(2, 2), torch.zeros(1, 1, 2, 2))):
-        net.to(device)
-        _floor(net, lambda output, _: output.sum())(x.to(device), None)
+        net.to(device)(x.to(device)).sum().backward()
+        adamw(net.parameters()).step()
 
 
 def _numel(net):
@@ -430,7 +368,8 @@ def print_report(report: dict[str, Any]) -> None:
                   f"{report['steps']} steps, {report['optimizer']}")
     for part in report["parts"]:
         console.print()
-        title = (f"{MODELS[part['model']].what} with Ψ = {part['numel']:,} parameters, N = "
+        what = TITLES.get(part["model"], part["model"])
+        title = (f"{what} with Ψ = {part['numel']:,} parameters, N = "
                  f"{part['world_size']} ranks on {part['device']}")
         table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
         for heading in ("", "ms", "/ DDP", "least–most", "floor", "sent", "peak", "states", "loss"):

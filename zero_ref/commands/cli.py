@@ -4,12 +4,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..ranks.launch import RankError, init, launch
-from ..tasks.data import TASKS
-from .train import OPTIMIZERS, backend_for
+from ..tasks import data, files
+from ..tasks.task import OPTIMIZERS, Task
+from .train import backend_for
+
+PER_RANK = 24  # samples, by default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,11 +41,16 @@ def _parser():
 
     compare = commands.add_parser(
         "compare", help="all stages and torch DDP side by side: weights, bytes, time",
-        description="Train torch DDP and stages 0-3 on the same data and check what ZeRO promises. "
-                    "Exit status 1 if a promise does not hold, 2 if it could not be run.")
+        description="Train torch DDP, FSDP2 and stages 0-3 on the same data and check what ZeRO "
+                    "promises. Exit status 1 if a promise does not hold, 2 if it could not be run. "
+                    "Under torchrun it compares on the ranks that were started.")
     compare.set_defaults(run=_compare)
     compare.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3],
                          choices=[0, 1, 2, 3], help="default: 0 1 2 3; stage 0 is always run")
+    compare.add_argument("--system", nargs="+", default=[], metavar="FILE.py:FUNCTION",
+                         help="more to compare with: a function wrap_like(module, stage)")
+    compare.add_argument("--template", action="store_true",
+                         help="print a file to start from, for --model, and do nothing else")
     compare.add_argument("--figure", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
 
     train = commands.add_parser(
@@ -56,9 +65,9 @@ def _parser():
         "bench", help="step time, bytes and memory beside torch DDP, FSDP2 and others",
         description="Time every stage beside what people use instead, in turns.")
     bench.set_defaults(run=_bench)
-    bench.add_argument("--model", nargs="+", default=["3M"],
-                       choices=["CNN", "3M", "15M", "57M"],
-                       help="default: 3M (compute decides); at 57M messages do")
+    bench.add_argument("--model", nargs="+", default=["3M"], metavar="MODEL",
+                       help="CNN, 3M, 15M, 57M, or a file or module as with compare; default: 3M "
+                            "(compute decides; at 57M messages do)")
     bench.add_argument("--systems", nargs="+", metavar="NAME", help="default: all that are there")
     bench.add_argument("--world-size", type=int, nargs="+", default=[2], metavar="N",
                        help="numbers of ranks, one after another; default: 2")
@@ -71,14 +80,22 @@ def _parser():
     bench.add_argument("--figure", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
 
     for command in (compare, train):
-        command.add_argument("--task", default="digits", choices=TASKS)
+        what = command.add_mutually_exclusive_group()
+        what.add_argument("--task", default="digits", choices=data.TASKS)
+        what.add_argument("--model", metavar="MODEL",
+                          help="your own: a file my_model.py or a module my_package.my_module with "
+                               "functions build, batch and loss, or a Hugging Face config.json; or "
+                               "one that bench knows")
         command.add_argument("--data-dir", type=Path, help="where the MNIST files are (task mnist)")
         command.add_argument("--world-size", type=int, metavar="N",
                              help="number of ranks to start (default: 4)")
-        command.add_argument("--steps", type=int, default=200, metavar="K")
-        command.add_argument("--batch-size", type=int, default=48, metavar="B",
-                             help="samples per step, all ranks together (default: 48)")
-        command.add_argument("--optimizer", default="adam", choices=OPTIMIZERS)
+        command.add_argument("--steps", type=int, metavar="K",
+                             help="default: 50, of a model of your own 20")
+        command.add_argument("--batch-size", type=int, metavar="B",
+                             help=f"of a task: samples per step, all ranks together (default: "
+                                  f"{PER_RANK} for each rank)")
+        command.add_argument("--optimizer", choices=OPTIMIZERS,
+                             help="default: adam, or what a model of your own brings")
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         command.add_argument("--backend", choices=["gloo", "nccl"],
                              help="default: nccl on cuda, gloo on cpu")
@@ -88,49 +105,99 @@ def _parser():
 
 
 def _compare(args):
-    from .compare import compare, print_report
+    if args.template:
+        print(files.TEMPLATE, end="")
+        return 0
+    from .compare import run
 
     _check_output(args.json, args.figure)
-    world_size = 4 if args.world_size is None else args.world_size
-    report = compare(args.task, args.stages, world_size, device=args.device,
-                     backend=args.backend, data_dir=args.data_dir, **_settings(args))
-    print_report(report)
-    _write_json(args.json, report)
-    if args.figure:
-        from ..viz.compare import draw
-
-        draw(report).savefig(args.figure)
-        print(f"Drawn: {args.figure}")
+    ours = _world_size(args)
+    systems = {name.rpartition(":")[2]: _loaded_there(name) for name in args.system}
+    report = run(_make_task(args, ours), args.stages, ours, steps=_steps(args), systems=systems,
+                 device=args.device, backend=args.backend, seed=args.seed)
+    if _is_first():
+        print(report)
+        _write_json(args.json, report)
+        if args.figure:
+            report.figure().savefig(args.figure)
+            print(f"Drawn: {args.figure}")
     return 1 if report["failed_promises"] else 0
+
+
+def _loaded_there(name):
+    """The user's function, which every rank loads for itself."""
+    files.load_function(name)  # complains here if it cannot be
+    return lambda module, stage: files.load_function(name)(module, stage)
 
 
 def _train(args):
     from .train import train
 
     _check_output(args.json)
-    settings = dict(_settings(args), device=args.device, data_dir=args.data_dir)
-    if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # torchrun has started the ranks
-        world_size = int(os.environ["WORLD_SIZE"])
-        if args.world_size not in (None, world_size):
-            raise ValueError(f"--world-size {args.world_size}, but torchrun started {world_size} "
-                             "ranks; leave it out, or change --nproc-per-node")
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-        init(backend_for(args.device, here, args.backend))
-        report = train(args.task, args.stage, **settings)
-        if int(os.environ["RANK"]) != 0:
-            return 0
+    world_size = _world_size(args)
+    make_task = _make_task(args, world_size)
+
+    def on_rank():
+        return train(make_task, args.stage, steps=_steps(args), device=args.device, seed=args.seed)
+
+    if _under_torchrun():
+        report = on_rank()
     else:
-        world_size = 4 if args.world_size is None else args.world_size
-        backend = backend_for(args.device, world_size, args.backend)
-        report = launch(lambda: train(args.task, args.stage, **settings), world_size,
-                        backend=backend)[0]
-    held = ", ".join(f"{kind} {size / 1e3:,.1f} kB"
-                     for kind, size in report["resident_bytes"].items())
-    print(f"{report['task']}, stage {report['stage']}, {world_size} ranks on {report['device']}, "
-          f"{report['steps']} steps: held-out {report['metric']} {report['held_out']:.4f}, "
-          f"{report['samples_per_second']:,.0f} samples/s; rank 0 holds {held}")
-    _write_json(args.json, report)
+        report = launch(on_rank, world_size,
+                        backend=backend_for(args.device, world_size, args.backend))[0]
+    if _is_first():
+        held = ", ".join(f"{kind} {size / 1e3:,.1f} kB"
+                         for kind, size in report["resident_bytes"].items())
+        print(f"{report['task']}, stage {report['stage']}, {world_size} ranks on "
+              f"{report['device']}, {report['steps']} steps: held-out {report['metric']} "
+              f"{report['held_out']:.4f}, {report['samples_per_second']:,.0f} samples/s; rank 0 "
+              f"holds {held}")
+        _write_json(args.json, report)
     return 0
+
+
+def _under_torchrun():
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+def _is_first():
+    return int(os.environ.get("RANK", 0)) == 0 or not _under_torchrun()
+
+
+def _world_size(args):
+    """The number of ranks. Under torchrun it joins them."""
+    if not _under_torchrun():
+        return 4 if args.world_size is None else args.world_size
+    world_size = int(os.environ["WORLD_SIZE"])
+    if args.world_size not in (None, world_size):
+        raise ValueError(f"--world-size {args.world_size}, but torchrun started {world_size} "
+                         "ranks; leave it out, or change --nproc-per-node")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    init(backend_for(args.device, here, args.backend))
+    return world_size
+
+
+def _steps(args):
+    return args.steps if args.steps is not None else 20 if args.model else 50
+
+
+def _make_task(args, world_size) -> Callable[[], Task]:
+    """A function that makes what is trained, on every rank."""
+    if args.model and (args.batch_size is not None or args.data_dir is not None):
+        raise ValueError("--batch-size and --data-dir are for --task: with --model your batch() "
+                         "decides what a rank sees")
+    optimizer, model, seed = args.optimizer, args.model, args.seed
+    if model:
+        def make_task():
+            task = files.load(model, world_size)
+            return replace(task, optimizer=OPTIMIZERS[optimizer]) if optimizer else task
+    else:
+        name, data_dir = args.task, args.data_dir
+        batch_size = PER_RANK * world_size if args.batch_size is None else args.batch_size
+
+        def make_task():
+            return data.task(name, data_dir, world_size, batch_size, optimizer or "adam", seed)
+    return make_task
 
 
 def _bench(args):
@@ -147,11 +214,6 @@ def _bench(args):
         draw(report).savefig(args.figure)
         print(f"Drawn: {args.figure}")
     return 0
-
-
-def _settings(args):
-    return {"steps": args.steps, "batch_size": args.batch_size, "optimizer": args.optimizer,
-            "seed": args.seed}
 
 
 def _check_output(json_file, figure=None):

@@ -1,10 +1,10 @@
-"""All stages and torch's DDP on the same data, and what ZeRO promises of them, checked."""
+"""All stages beside torch's DDP and FSDP2, and what ZeRO promises of them, checked."""
 
-import hashlib
-import os
-import sys
-import time
+import base64
+import io
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,221 +13,395 @@ import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
+from torch import Tensor, nn
 
-from .. import wrap
+from .. import MixedPrecision
 from ..observe import memory
-from ..observe.trace import loopback_bytes, trace
-from ..ranks.launch import launch
-from ..tasks import data
-from .train import OPTIMIZERS, STATES, backend_for, describe, prepare_device, progress
+from ..partition import Layout
+from ..ranks.launch import RankError, launch
+from ..tasks.task import Task, adam
+from ..viz.palette import bytes_text
+from . import measure
+from .measure import DDP, FSDP2, Settings, System, UnitFacts
+from .systems import WrapLike
+from .train import backend_for
 
-SENT_PSI = {"DDP": 2, 0: 2, 1: 2, 2: 2, 3: 3}  # elements sent per step, in Ψ·(N-1)/N
+IN_FLOAT64 = 5  # steps
+CLOSE = 1e-9  # the largest difference of any weight after those
 
 
-def compare(task: str, stages: Sequence[int], world_size: int, *, steps: int, batch_size: int,
-            optimizer: str, device: str, backend: str | None, seed: int,
-            data_dir: Path | None) -> dict[str, Any]:
-    """Train DDP, stage 0 and `stages` on `world_size` ranks. Returns the report that
-    `zero-ref compare --json` writes: settings, a dict per system, and the promises that failed."""
+def compare(build: Callable[[], nn.Module], batch: Callable[[int, int], Any],
+            loss: Callable[[nn.Module, Any], Tensor], *,
+            optimizer: Callable[..., torch.optim.Optimizer] = adam,
+            stages: Sequence[int] = (0, 1, 2, 3), world_size: int = 4, steps: int = 20,
+            units: Any = None, mixed_precision: MixedPrecision | None = None,
+            systems: Mapping[str, WrapLike] | None = None, device: str = "cpu",
+            backend: str | None = None, seed: int = 0) -> "Report":
+    """Train a model of yours with torch DDP, FSDP2 and the stages, and measure them.
+
+    build() returns the module; batch(step, rank) what that rank sees at that step: a tensor, or any
+    nest of them; loss(model, batch) a scalar; optimizer(params) a torch.optim.Optimizer, by default
+    Adam. units, mixed_precision: see `zero_ref.wrap`. systems: more to compare with, by name, each
+    a function like `zero_ref.wrap`: wrap_like(module, stage) returns the model.
+
+    Returns a Report: a dict that shows itself, as text or in a notebook with its picture. Raises
+    ValueError for what cannot be trained. Under torchrun it is called on every rank, and compares
+    on the ranks that are there.
+    """
+    def make_task():
+        return Task("this model", build, batch, loss, optimizer, units)
+
+    return run(make_task, stages, world_size, steps=steps, mixed_precision=mixed_precision,
+               systems=systems, device=device, backend=backend, seed=seed)
+
+
+def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *, steps: int,
+        mixed_precision: MixedPrecision | None = None,
+        systems: Mapping[str, WrapLike] | None = None, device: str = "cpu",
+        backend: str | None = None, seed: int = 0) -> "Report":
+    """`compare` with a function that makes the Task, on every rank."""
     if steps < 2:
         raise ValueError(f"steps={steps}: at least 2, the first only creates the optimizer states")
-    backend = backend_for(device, world_size, backend)
-    settings = {"steps": steps, "batch_size": batch_size, "optimizer": optimizer, "seed": seed}
-    systems = ["DDP", *sorted({0, *stages})]
-    # One launch for all: rank r's answer holds a measurement per system.
-    by_rank = launch(_measure_all, world_size, systems, task, data_dir, device, settings,
-                     backend=backend)
-    reference = by_rank[0][systems.index(0)]["weights"]
-    rows = []
-    for i, system in enumerate(systems):
-        ranks = [answers[i] for answers in by_rank]
-        rows.append(_row(system, ranks, reference, world_size, optimizer))
-    failed = [f"{row['system']}: {promise}" for row in rows
-              for promise, holds in row["promises"].items() if not holds]
-    return {"task": task, "world_size": world_size, **settings, "device": ranks[0]["device"],
-            "torch": torch.__version__, "metric": ranks[0]["metric"],
-            "parameters": rows[0]["numel"], "largest_unit": max(map(sum, ranks[0]["unit_sizes"])),
-            "systems": rows, "failed_promises": failed}
+    if not stages or not {*stages} <= {0, 1, 2, 3}:
+        raise ValueError(f"stages={list(stages)}: each must be 0, 1, 2 or 3")
+    if dist.is_initialized():
+        world_size, everywhere = dist.get_world_size(), _on_ranks_that_are_there
+    else:
+        backend = backend_for(device, world_size, backend)
+
+        def everywhere(fn, *args):
+            return launch(fn, world_size, *args, backend=backend)
+
+    ours = [measure.stage(number) for number in sorted({0, *stages})]
+    others = [measure.users(name, wrap_like, number)
+              for name, wrap_like in (systems or {}).items() for number in sorted({*stages})]
+    rows: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings(steps, seed, device, mixed_precision, Path(folder))
+        try:
+            facts = everywhere(measure.probe, make_task, settings)[0]
+        except RankError as error:
+            if error.kind == "ValueError":
+                raise ValueError(error.reason) from None
+            raise
+        sometimes, skipped = facts["used_on_some_ranks"], {}
+        if sometimes:
+            skipped["FSDP2"] = (f"{sometimes[0]!r} gets a gradient on some ranks only, and FSDP2's "
+                                "ranks would wait for each other")
+        if runs := facts["run_on_some_ranks"]:
+            skipped["stage 3"] = (f"{runs[0]!r} runs on some ranks only, and at stage 3 all ranks "
+                                  "have to run the same units: leave it out of `units`")
+        settings = replace(settings, unused=frozenset(facts["unused"]),
+                           find_unused=bool(facts["unused"] or sometimes))
+        for system in [*ours, DDP, FSDP2, *others]:  # stage 0 first: it is what others are held to
+            ranks, reason = None, skipped.get(system.name)
+            if reason is None:
+                ranks, reason = _attempt(everywhere, measure.measure, make_task, system, settings)
+            rows[system.name] = _row(system, ranks, reason, rows.get("stage 0"), facts, settings,
+                                     world_size)
+        in_float64 = replace(settings, steps=min(steps, IN_FLOAT64), mixed_precision=None)
+        for system in [system for system in (*ours, DDP, FSDP2)
+                       if rows[system.name]["failed"] is None]:
+            ranks, reason = _attempt(everywhere, measure.train, make_task, system, in_float64,
+                                torch.float64)
+            rows[system.name]["float64_failed"] = reason
+            if ranks is not None:
+                rows[system.name]["float64_difference"] = ranks[0]["difference"]
+    ddp = rows["DDP"].get("float64_difference")
+    for system in ours:
+        if ddp is not None and rows[system.name].get("float64_difference") is not None:
+            rows[system.name]["promises"]["in float64 the weights are DDP's"] = (
+                ddp + rows[system.name]["float64_difference"] < CLOSE)
+    order = ["DDP", "FSDP2", *[name for name in rows if name not in ("DDP", "FSDP2")]]
+    failed = [f"{name}: {promise}" for name in order
+              for promise, holds in rows[name]["promises"].items() if not holds]
+    facts = {key: value for key, value in facts.items() if key != "units"}
+    return Report(facts, world_size=world_size, steps=steps, seed=seed, torch=torch.__version__,
+                  float64_steps=in_float64.steps, systems=[rows[name] for name in order],
+                  failed_promises=failed)
 
 
-# ---- on every rank -------------------------------------------------------------------------------
+def _attempt(everywhere, fn, *args):
+    """(every rank's answer, None), or (None, why there is none)."""
+    try:
+        return everywhere(fn, *args), None
+    except RankError as error:
+        return None, f"{error.kind}: {error.reason}"
 
 
-def _measure_all(systems, task_name, data_dir, device, settings):
-    device = prepare_device(device)
-    task = data.load(task_name, data_dir)
-    with progress(len(systems) * settings["steps"]) as show:
-        return [_measure(system, task, device, show, **settings) for system in systems]
-
-
-def _measure(system, task, device, show, *, steps, batch_size, optimizer, seed):
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    label = system if system == "DDP" else f"stage {system}"
-    torch.manual_seed(seed + rank)  # different on every rank: rank 0's initial values must win
-    net = task.build().to(device)
-    model = DistributedDataParallel(net) if system == "DDP" else wrap(net, system)
-    opt = OPTIMIZERS[optimizer](model.parameters())
-
-    def step(x, y):
-        loss = task.loss(model(x.to(device)), y.to(device))
-        loss.backward()
-        held = memory.resident(model, opt)
-        opt.step()
-        opt.zero_grad()
-        return loss.item(), held
-
-    times, losses = [], []
-    dist.barrier()
-    sent_before = loopback_bytes()
-    for x, y in data.batches(task, steps, batch_size, rank, world_size, seed):
-        start = time.perf_counter()
-        with trace() as sent:
-            loss, held = step(x, y)
-        times.append(time.perf_counter() - start)
-        losses.append(loss)
-        show(f"{label}  loss {loss:.4f}")
-    dist.barrier()
-    sent_after, counted = loopback_bytes(), None
-    if sent_before is not None and sent_after is not None:
-        counted = (sent_after - sent_before) / steps / world_size
-
-    # Copied, because the step that measures the peak trains on.
-    state = net.state_dict() if system == "DDP" else model.state_dict()
-    weights = {name: value.detach().cpu().clone() for name, value in state.items()}
-    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in weights.values())).hexdigest()
-    result = {
-        "numel": sum(p.numel() for p in task.build().parameters()),
-        "unit_sizes": [u.sizes for u in model.units] if system != "DDP" else None,
-        "loss": losses[-1], "metric": task.metric, "held_out": task.evaluate(model, device),
-        "device": describe(device), "digest": digest, "weights": weights if rank == 0 else None,
-        "resident": held, "sent": sent.wire_bytes() if system != "DDP" else None,
-        "counted": counted, "seconds": sorted(times[1:])[len(times[1:]) // 2],
-        "peak": _peak_bytes(device, model, opt, lambda: step(x, y)),
-    }
-    dist.barrier()
-    return result
-
-
-def _peak_bytes(device: torch.device, model: nn.Module, opt: torch.optim.Optimizer,
-                step: Callable[[], Any]) -> int:
-    """The most bytes of tensors that this rank holds at one time during a step."""
-    at_rest = sum(memory.resident(model, opt).values())
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return at_rest + torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step()
-    now = most = 0
-    for event in run.profiler.kineto_results.events():
-        if event.name() == "[memory]":  # one for every allocation (+) and release (-)
-            now += event.nbytes()
-            most = max(most, now)
-    return at_rest + most
+def _on_ranks_that_are_there(fn, *args):
+    """What `launch` does, where torchrun has started the ranks."""
+    answer = error = None
+    try:
+        answer = fn(*args)
+    except Exception as exception:
+        error = type(exception).__name__, str(exception)
+    answers: list = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, (answer, error))
+    for rank, (_, error) in enumerate(answers):
+        if error is not None:
+            raise RankError(f"rank {rank} raised {error[0]}: {error[1]}", rank, *error)
+    return [answer for answer, _ in answers]
 
 
 # ---- the verdict ---------------------------------------------------------------------------------
 
 
-def _row(system, ranks, reference, world_size, optimizer):
-    """One system's measurements, and which promises hold. Bytes are those of the rank with most."""
+def _row(system: System, ranks: list[dict] | None, reason: str | None, reference: dict | None,
+         facts: dict, settings: Settings, world_size: int) -> dict[str, Any]:
+    """One system's measurements, and which promises hold. Bytes are those of the rank with most.
+
+    reference: stage 0's row.
+    """
+    row: dict[str, Any] = {"system": system.name, "failed": reason, "promises": {}}
+    if ranks is None:
+        return row
     first = ranks[0]
-    differences = [(first["weights"][name].double() - reference[name].double()).abs().max().item()
-                   for name in reference if reference[name].numel()]
-    same_bits = all(torch.equal(first["weights"][name], reference[name]) for name in reference)
-    row = {
-        "system": system if system == "DDP" else f"stage {system}", "numel": first["numel"],
-        "loss": sum(r["loss"] for r in ranks) / len(ranks), "held_out": first["held_out"],
-        "same_bits_as_stage_0": same_bits, "largest_difference": max(differences),
+    row |= {
+        "loss": sum(r["loss"] for r in ranks) / world_size, "held_out": first["held_out"],
+        "seconds_per_step": first["seconds"], "digest": first["digest"],
+        "same_bits_as_stage_0": first["digest"] == (reference or first)["digest"],
+        "first_difference": first["first_difference"], "difference": first["difference"],
+        "float64_difference": None,
         "resident_bytes": max((r["resident"] for r in ranks), key=lambda d: sum(d.values())),
-        "peak_bytes": max(r["peak"] for r in ranks),
-        "sent_bytes_per_step": first["sent"], "counted_by_kernel": first["counted"],
-        "seconds_per_step": first["seconds"], "promises": {},
+        "together_bytes": max(r["together"] for r in ranks),
+        "peak_bytes": max(r["peak"] for r in ranks), "counted_by_kernel": first["counted"],
+        "sent_bytes_per_step": max(r["sent"] for r in ranks) if system.ours else None,
+        "formula_bytes": None, "formula_sent_bytes": None,
     }
-    stage = 0 if system == "DDP" else system
-    sizes = first["unit_sizes"] or first["numel"]
-    states = (torch.float32,) * STATES[optimizer]
-    formulas = [memory.model_states(sizes, world_size, stage, rank=rank, optimizer_dtypes=states)
-                for rank in range(world_size)]
+    if system.name == "stage 0":
+        facts |= {"units": first["units"], "optimizer": first["optimizer"]}
+    if system.stage is None or "units" not in facts:
+        return row
+    if system.ours:
+        formulas = [formula(facts["units"], world_size, system.stage, rank, first["state_dtypes"],
+                            settings.mixed_precision) for rank in range(world_size)]
+    else:
+        formulas = [formula_of_ddp(facts["units"], first["state_dtypes"])]
     row["formula_bytes"] = max(formulas, key=lambda d: sum(d.values()))
-    padded = formulas[0]["parameters"] * (world_size if stage == 3 else 1)
-    row["formula_sent_bytes"] = SENT_PSI[system] * padded * (world_size - 1) // world_size
-    if system != "DDP":
+    if facts["once"]:
+        row["formula_sent_bytes"] = formula_sent(facts["units"], world_size, system.stage)
+    if system.ours:
         row["promises"] = {
             "all ranks end with the same weights": len({r["digest"] for r in ranks}) == 1,
-            "the weights are those of stage 0, bit for bit": same_bits,
             "resident bytes are those of the formula on every rank":
                 [r["resident"] for r in ranks] == formulas,
-            "bytes sent are those of the formula on every rank":
-                all(r["sent"] == row["formula_sent_bytes"] for r in ranks),
         }
+        if facts["deterministic"]:
+            row["promises"]["the weights are those of stage 0, bit for bit"] = (
+                row["same_bits_as_stage_0"])
+        if facts["once"]:
+            row["promises"]["bytes sent are those of the formula on every rank"] = all(
+                r["sent"] == row["formula_sent_bytes"] for r in ranks)
     return row
 
 
-def print_report(report: dict[str, Any]) -> None:
-    """The two tables, on stdout."""
-    console = Console(width=None if sys.stdout.isatty() else 96, highlight=False)
-    n = report["world_size"]
-    console.print(f"{report['task']}: Ψ = {report['parameters']:,} parameters in fp32, N = {n} "
-                  f"ranks on {report['device']}\n{report['optimizer']}, {report['steps']} steps of "
-                  f"{report['batch_size']} samples, torch {report['torch']}\n")
-    result = _table("The same training", "l", "", "r", "final loss",
-                    "r", f"held-out {report['metric']}", "l", "weights against stage 0",
-                    "r", "ms per step")
-    cost = _table("What a rank holds and sends, in kB (1 kB = 1000 bytes)", "l", "",
-                  "r", "parameters", "r", "gradients", "r", "optimizer", "r", "together",
-                  "r", "peak in a step", "r", "sent per step")
-    for row in report["systems"]:
-        same = "the same bits" if row["same_bits_as_stage_0"] else (
-            f"differ by at most {row['largest_difference']:.1e}")
-        held_out = (f"{row['held_out']:.1%}" if report["metric"] == "accuracy"
-                    else f"{row['held_out']:.4f}")
-        result.add_row(row["system"], f"{row['loss']:.4f}", held_out, same,
-                       f"{row['seconds_per_step'] * 1e3:.1f}")
-        sent, counted = row["sent_bytes_per_step"], row["counted_by_kernel"]
-        about = f"≈ {counted / 1e3:,.1f}" if counted is not None else "?"
-        cost.add_row(row["system"], *_held(row["resident_bytes"]), _kb(row["peak_bytes"]),
-                     about if sent is None else _kb(sent))
-        cost.add_row("  formula", *_held(row["formula_bytes"]), "",
-                     f"{_kb(row['formula_sent_bytes'])}", style="dim", end_section=True)
+def formula(units: Sequence[UnitFacts], world_size: int, stage: int, rank: int,
+            state_dtypes: Sequence[torch.dtype],
+            mixed_precision: MixedPrecision | None) -> dict[str, int]:
+    """`memory.model_states` for a live model, of which parts may be frozen, or never used."""
+    total = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    for unit in units:
+        mixed = mixed_precision is not None and unit.dtype == mixed_precision.param_dtype
+        kept = memory.model_states([unit.sizes], world_size, stage, rank=rank,
+                                   param_dtype=unit.dtype, grad_dtype=unit.grad_dtype,
+                                   optimizer_dtypes=state_dtypes,
+                                   mixed_precision=mixed_precision if mixed else None)
+        total["parameters"] += kept["parameters"]
+        if not unit.frozen:
+            total["gradients"] += kept["gradients"]
+            total["optimizer"] += kept["optimizer"]
+        layout = Layout(unit.sizes, world_size, min(unit.dtype.itemsize, unit.grad_dtype.itemsize))
+        for index in unit.unused:  # the optimizer has no states of these
+            begin, end = layout.span(index, rank) if stage else (0, unit.sizes[index])
+            total["optimizer"] -= (end - begin) * sum(dtype.itemsize for dtype in state_dtypes)
+    return total
+
+
+def formula_of_ddp(units: Sequence[UnitFacts], state_dtypes: Sequence[torch.dtype]
+                   ) -> dict[str, int]:
+    """The same without padding, and without gradients of what is never used."""
+    total = {"parameters": 0, "gradients": 0, "optimizer": 0}
+    for unit in units:
+        used = sum(size for index, size in enumerate(unit.sizes) if index not in unit.unused)
+        total["parameters"] += sum(unit.sizes) * unit.master_dtype.itemsize
+        if not unit.frozen:
+            total["gradients"] += used * unit.master_dtype.itemsize
+            total["optimizer"] += used * sum(dtype.itemsize for dtype in state_dtypes)
+    return total
+
+
+def formula_sent(units: Sequence[UnitFacts], world_size: int, stage: int) -> int:
+    """Bytes that a rank sends per step, buffers aside: 2Ψ·(N-1)/N elements, 3Ψ·(N-1)/N at stage 3,
+    with units padded. Each unit is used once."""
+    sent = 0
+    for unit in units:
+        layout = Layout(unit.sizes, world_size, min(unit.dtype.itemsize, unit.grad_dtype.itemsize))
+        gradients = 2 if stage == 0 else 1
+        parameters = {0: 0, 1: 1, 2: 1, 3: 2}[stage]
+        sent += layout.shard_numel * (world_size - 1) * (
+            gradients * unit.grad_dtype.itemsize + parameters * unit.dtype.itemsize)
+    return sent
+
+
+# ---- what is shown -------------------------------------------------------------------------------
+
+
+class Report(dict):
+    """What `compare` found: settings, a dict per system in "systems", and "failed_promises".
+
+    Shows itself: `print(report)` as text, in a notebook with its picture.
+    """
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=100, highlight=False)
+        _print(self, console)
+        return console.file.getvalue().rstrip()
+
+    __repr__ = __str__
+
+    def figure(self):
+        """The picture, a matplotlib Figure."""
+        from ..viz.compare import draw
+
+        return draw(self)
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        from html import escape
+
+        file = io.BytesIO()
+        self.figure().savefig(file, dpi=100)
+        picture = base64.b64encode(file.getvalue()).decode()
+        return {"text/plain": str(self),
+                "text/html": f'<pre style="line-height: 1.2">{escape(str(self))}</pre>'
+                             f'<img src="data:image/png;base64,{picture}">'}
+
+
+def _print(report, console):
+    rows, n = report["systems"], report["world_size"]
+    measured = [row for row in rows if row["failed"] is None]
+    console.print(f"{report['task']}: Ψ = {report['numel']:,} parameters, N = {n} ranks on "
+                  f"{report['device']}\n{report['steps']} steps, {report['optimizer']}, torch "
+                  f"{report['torch']}\n")
+    result = _table("The same training", "", "loss", f"held-out\n{report['metric']}",
+                    "ms per\nstep", "after\n1 step", f"after\n{report['steps']}",
+                    f"in float64,\nafter {report['float64_steps']}")
+    for row in measured:
+        differences = [row["first_difference"], row["difference"], row["float64_difference"]]
+        held_out = row["held_out"]
+        result.add_row(row["system"], f"{row['loss']:.4f}",
+                       f"{held_out:.1%}" if report["metric"] == "accuracy" else f"{held_out:.4f}",
+                       f"{row['seconds_per_step'] * 1e3:.1f}", *map(_difference, differences))
     console.print(result)
-    console.print()
+    console.print("The last three columns: the largest difference of any weight from stage 0's. "
+                  "DDP and FSDP2 sum\nin another order, so the first step differs by a rounding, "
+                  "and each later step starts from where\nthe one before ended: differences grow. "
+                  "In float64 roundings are smaller by nine digits, and so\nare the differences: "
+                  "it is the same computation.\n")
+    unit = 1e6 if max((row["peak_bytes"] for row in measured), default=0) > 1e7 else 1e3
+    name = "MB (1 MB = 1,000,000 bytes)" if unit == 1e6 else "kB (1 kB = 1000 bytes)"
+    cost = _table(f"What a rank holds and sends, in {name}", "", "parameters", "gradients",
+                  "optimizer", "together", "peak in\na step", "sent per\nstep")
+    for row in measured:
+        sent, counted = row["sent_bytes_per_step"], row["counted_by_kernel"]
+        about = "?" if counted is None else f"≈ {counted / unit:,.1f}"
+        cost.add_row(row["system"], *held(row["resident_bytes"], unit),
+                     f"{row['peak_bytes'] / unit:,.1f}",
+                     about if sent is None else f"{sent / unit:,.1f}")
+        if row["formula_bytes"] is not None:
+            sent = row["formula_sent_bytes"]
+            cost.add_row("  formula", *held(row["formula_bytes"], unit), "",
+                         "" if sent is None else f"{sent / unit:,.1f}", style="dim")
+        cost.add_section()
     console.print(cost)
-    console.print("Peak: all tensors, also activations and messages in flight. At stage 3 it "
-                  "contains the\nunits of one message; the largest unit has "
-                  f"{report['largest_unit']:,} parameters.")
-    console.print("Sent, by formula: 2Ψ·(N-1)/N at stages 0, 1, 2 and 3Ψ·(N-1)/N at stage 3, with "
-                  "units padded.\n≈: DDP's share of what the kernel counted on the loopback device."
-                  "\n")
+    console.print("Together: between two steps. Peak: all tensors of a step, also activations and "
+                  "full units. Sent, by\nformula: 2Ψ·(N-1)/N at stages 0 to 2, 3Ψ·(N-1)/N at "
+                  "stage 3, with padded units. ≈: by the kernel's count.\n")
+    for row in rows:
+        if row["failed"] is not None:
+            console.print(f"{row['system']} failed: {row['failed']}\n", soft_wrap=True)
+        elif row.get("float64_failed"):
+            console.print(f"{row['system']} failed in float64: {row['float64_failed']}\n",
+                          soft_wrap=True)
+    for sentence in [*what_to_look_at(report), *verdict(report)]:
+        console.print(sentence)
+
+
+def _difference(value):
+    return "?" if value is None else "same bits" if value == 0 else f"{value:.1e}"
+
+
+def held(states: Mapping[str, float], unit: float) -> list[str]:
+    """Cells of the table: parameters, gradients, optimizer states, and all together."""
+    values = [states[kind] for kind in ("parameters", "gradients", "optimizer")]
+    return [f"{value / unit:,.1f}" for value in (*values, sum(values))]
+
+
+def _table(title, *headings):
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    return table
+
+
+def what_to_look_at(report: Mapping[str, Any]) -> list[str]:
+    """Sentences about the numbers: what the stages save, what fills the peak, what would help."""
+    rows = {row["system"]: row for row in report["systems"] if row["failed"] is None}
+    stages = [row for name, row in rows.items() if name.startswith("stage ") and name[6:].isdigit()]
+    if "DDP" not in rows or not stages:
+        return []
+    first, last = rows["DDP"], stages[-1]
+    states, peak = sum(last["resident_bytes"].values()), last["peak_bytes"]
+    least, sent = stages[0]["sent_bytes_per_step"], last["sent_bytes_per_step"]
+    found = [f"What to look at: the peak in a step. It is {bytes_text(first['peak_bytes'])} with "
+             f"DDP and {bytes_text(peak)} at {last['system']}, which sends {bytes_text(sent)} per "
+             "step" + (", as much as stage 0." if sent == least else
+                       f" instead of {bytes_text(least)}.")]
+    largest = report["largest_unit"]
+    unit_bytes = largest["numel"] * report["itemsize"]
+    root_bytes = report["root_numel"] * report["itemsize"]
+    activations = (stages[0]["peak_bytes"] - sum(stages[0]["resident_bytes"].values())
+                   if stages[0]["system"] == "stage 0" else 0)
+    if last["system"] != "stage 3":
+        return found
+    if 2 * unit_bytes > (peak - states) / 2 and largest["numel"] > report["numel"] / 10:
+        child = largest["largest_child"] * report["itemsize"]
+        advice = ("it is a single layer, and cannot be cut into smaller units" if not child else
+                  f"with what is inside it as units they would be at most {bytes_text(child)}")
+        found.append(f"The largest unit, {largest['name']!r} ({largest['kind']}), has "
+                     f"{largest['numel'] / report['numel']:.0%} of the parameters: while it "
+                     f"computes, {bytes_text(unit_bytes)} of parameters and as much of gradients "
+                     f"are there in full; {advice}.")
+    if root_bytes > max(states / 2, unit_bytes) and report["root_numel"] < report["numel"]:
+        found.append(f"The root's own parameters, {bytes_text(root_bytes)}, are there in full from "
+                     "the beginning of a step to its end: name their modules in `units`.")
+    elif report["root_numel"] == report["numel"]:
+        found.append("All parameters belong to the root, so stage 3 gathers the whole model at "
+                     "once: name the modules that are to be units in `units`.")
+    if activations > states:
+        found.append(f"Activations and what is computed beside them, about "
+                     f"{bytes_text(activations)} (stage 0's peak without its states), are more "
+                     f"than the states at {last['system']}, {bytes_text(states)}, and no stage "
+                     "cuts them: take fewer samples per rank, or activation checkpointing.")
+    return found
+
+
+def verdict(report: Mapping[str, Any]) -> list[str]:
+    """Which promises hold, in sentences."""
     failed = report["failed_promises"]
     count = sum(len(row["promises"]) for row in report["systems"])
+    found = []
+    if not report["deterministic"]:
+        found.append(f"{report['task']} is not deterministic: two equal runs of its first step "
+                     "gave different gradients,\nso the bits of the stages could not be compared.")
+    if not report["once"]:
+        found.append("Some units are frozen, or used more or less than once in a step, so bytes "
+                     "sent have no simple formula.")
     if failed:
-        console.print(f"{len(failed)} of {count} promises do NOT hold:")
-        for promise in failed:
-            console.print(f"  {promise}")
+        found.append(f"{len(failed)} of {count} promises do NOT hold:")
+        found += [f"  {promise}" for promise in failed]
     else:
-        console.print(f"All {count} promises hold: at every stage and on every rank the weights "
-                      "have the bits of stage 0,\nand bytes held and bytes sent are those of the "
-                      "formula.")
-
-
-def _kb(nbytes):
-    return f"{nbytes / 1e3:,.1f}"
-
-
-def _held(states: Mapping[str, float]) -> list[str]:
-    return [_kb(states[kind]) for kind in ("parameters", "gradients", "optimizer")] + [
-        _kb(sum(states.values()))]
-
-
-def _table(title, *columns):
-    """columns: "l" or "r" for left or right, then the heading, for each."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for letter, heading in zip(columns[::2], columns[1::2]):
-        table.add_column(heading, justify={"l": "left", "r": "right"}[letter])
-    return table
+        found.append(f"All {count} promises hold: the weights are those of stage 0, bit for bit, "
+                     "and equal to DDP's in float64;\nbytes held and sent are those of the "
+                     "formula, on every rank.")
+    return found

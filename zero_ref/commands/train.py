@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,53 +13,48 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .. import comm, wrap
+from ..engine.tree import tensors_in
 from ..observe import memory
-from ..tasks import data
-
-OPTIMIZERS = {
-    "sgd": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9),
-    "adam": lambda params: torch.optim.Adam(params, lr=1e-3),
-    "adamw": lambda params: torch.optim.AdamW(params, lr=1e-3),
-}
-# How many values each of them keeps per element, all in the parameter's dtype.
-STATES = {"sgd": 1, "adam": 2, "adamw": 2}
+from ..tasks.task import Task
 
 
-def train(task_name: str, stage: int, *, steps: int, batch_size: int, optimizer: str, device: str,
-          seed: int, data_dir: Path | None) -> dict[str, Any]:
+def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
+          seed: int) -> dict[str, Any]:
     """Train on this rank, together with the others. Returns what was measured, as a dict.
 
-    batch_size: samples per step, all ranks together. device: "cpu" or "cuda".
+    device: "cpu" or "cuda".
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1")
     device = prepare_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    task = data.load(task_name, data_dir)
+    task = make_task()
     torch.manual_seed(seed + rank)  # rank 0's initial values are the ones that count
-    model = wrap(task.build().to(device), stage)
-    opt = OPTIMIZERS[optimizer](model.parameters())
+    model = wrap(task.build().to(device), stage, units=task.units)
+    opt = task.optimizer(model.parameters())
 
     times = []
     with progress(steps) as show:
-        for x, y in data.batches(task, steps, batch_size, rank, world_size, seed):
+        for step in range(steps):
+            batch = task.batch_on(device, step, rank)
+            samples = world_size * len(tensors_in(batch)[0])
             start = time.perf_counter()
-            loss = task.loss(model(x.to(device)), y.to(device))
+            loss = task.loss(model, batch)
             loss.backward()
             held = memory.resident(model, opt)
             opt.step()
             opt.zero_grad()
             loss_now = loss.item()  # on CUDA this also waits for the step
             times.append(time.perf_counter() - start)
-            show(f"loss {loss_now:.4f}  {batch_size / times[-1]:,.0f} samples/s  "
+            show(f"loss {loss_now:.4f}  {samples / times[-1]:,.0f} samples/s  "
                  f"{sum(held.values()) / 1e6:.2f} MB of model states per rank")
     losses = comm.all_gather_object(loss_now, model.group, phase="report")
     return {
-        "task": task_name, "stage": stage, "world_size": world_size, "steps": steps,
-        "batch_size": batch_size, "optimizer": optimizer, "device": describe(device),
-        "loss": sum(losses) / world_size, "metric": task.metric,
-        "held_out": task.evaluate(model, device),
-        "samples_per_second": batch_size / sorted(times)[len(times) // 2],
+        "task": task.name, "stage": stage, "world_size": world_size, "steps": steps,
+        "optimizer": type(opt).__name__, "device": describe(device),
+        "loss": (mean := sum(losses) / world_size), "metric": task.metric,
+        "held_out": task.evaluate(model, device) if task.evaluate else mean,
+        "samples_per_second": samples / sorted(times)[len(times) // 2],
         "resident_bytes": held,
     }
 

@@ -92,6 +92,7 @@ def resident(model: nn.Module,
 def _bytes(tensors):
     storages = {}
     for tensor in tensors:
+        tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
         if isinstance(tensor, torch.Tensor):
             storage = tensor.untyped_storage()
             storages[storage._cdata] = storage.nbytes()

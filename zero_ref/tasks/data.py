@@ -4,7 +4,8 @@ import gzip
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from .models import GPT, cnn
+from .models import GPT, cnn, residual_mlp
+from .task import OPTIMIZERS, Task
 
 CONTEXT = 64  # characters that the GPT sees at once
 
 
 @dataclass
-class Task:
+class Data:
     """What is trained on what. train and held_out: inputs and targets, sample by sample."""
 
     build: Callable[[], nn.Module]
@@ -47,8 +49,8 @@ class Task:
         return total / len(self.held_out)
 
 
-def load(name: str, data_dir: Path | str | None = None) -> Task:
-    """The task "digits", "mnist" (four IDX files in `data_dir`) or "text".
+def load(name: str, data_dir: Path | str | None = None) -> Data:
+    """What the task "digits", "cnn", "mnist" (four IDX files in `data_dir`) or "text" trains on.
 
     Raises ValueError for MNIST files that are missing, truncated or not IDX.
     """
@@ -57,21 +59,54 @@ def load(name: str, data_dir: Path | str | None = None) -> Task:
     return TASKS[name](data_dir)
 
 
-def batches(task: Task, steps: int, batch_size: int, rank: int, world_size: int,
+def task(name: str, data_dir: Path | str | None, world_size: int, batch_size: int,
+         optimizer: str = "adam", seed: int = 0) -> Task:
+    """The same as a Task. batch_size: samples per step, all ranks together.
+
+    Raises ValueError if the batch does not divide, or is larger than the data.
+    """
+    data = load(name, data_dir)
+    per_rank = _per_rank(data, batch_size, world_size)
+
+    @lru_cache(maxsize=1)
+    def order(epoch, rank):
+        sampler = _sampler(data, world_size, rank, seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    def batch(step, rank):
+        per_epoch = len(data.train) // world_size // per_rank
+        epoch, at = divmod(step, per_epoch)
+        return data.train[order(epoch, rank)[at * per_rank :][:per_rank]]
+
+    return Task(name, data.build, batch, lambda model, batch: data.loss(model(batch[0]), batch[1]),
+                OPTIMIZERS[optimizer], evaluate=data.evaluate, metric=data.metric)
+
+
+def batches(data: Data, steps: int, batch_size: int, rank: int, world_size: int,
             seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`steps` batches (x, y) for one rank. The samples of a step, all ranks together, are the same
     whatever the world size; each rank gets batch_size / world_size of them.
 
     Raises ValueError if the batch does not divide, or is larger than the data.
     """
-    if batch_size % world_size or not 0 < batch_size <= len(task.train):
-        limit = min(batch_size, len(task.train))
-        raise ValueError(f"batch size {batch_size}: must divide among {world_size} ranks and be at "
-                         f"most {len(task.train)}; {max(world_size, limit - limit % world_size)} "
-                         "would work")
-    sampler = DistributedSampler(task.train, world_size, rank, seed=seed, drop_last=True)
-    loader = DataLoader(task.train, batch_size // world_size, sampler=sampler, drop_last=True)
+    sampler = _sampler(data, world_size, rank, seed)
+    loader = DataLoader(data.train, _per_rank(data, batch_size, world_size), sampler=sampler,
+                        drop_last=True)
     return _first(steps, loader, sampler)
+
+
+def _sampler(data, world_size, rank, seed):
+    return DistributedSampler(data.train, world_size, rank, seed=seed, drop_last=True)
+
+
+def _per_rank(data, batch_size, world_size):
+    if batch_size % world_size or not 0 < batch_size <= len(data.train):
+        limit = min(batch_size, len(data.train))
+        raise ValueError(f"batch size {batch_size}: must divide among {world_size} ranks and be at "
+                         f"most {len(data.train)}; {max(world_size, limit - limit % world_size)} "
+                         "would work")
+    return batch_size // world_size
 
 
 def _first(steps, loader, sampler):
@@ -88,6 +123,10 @@ def _first(steps, loader, sampler):
 
 
 def _digits(_):
+    return replace(_cnn(_), build=lambda: residual_mlp(64, 10))
+
+
+def _cnn(_):
     with np.load(str(files(__package__) / "assets" / "digits.npz")) as arrays:
         images, labels = arrays["images"] / np.float32(16), arrays["labels"]
     test = np.arange(len(images)) % 5 == 0  # every fifth image is held out
@@ -126,13 +165,13 @@ def _text(_):
     x = ids[: windows * CONTEXT].view(windows, CONTEXT)
     y = ids[1 : windows * CONTEXT + 1].view(windows, CONTEXT)  # the next character
     split = windows * 9 // 10
-    return Task(build=lambda: GPT(len(alphabet), CONTEXT),
+    return Data(build=lambda: GPT(len(alphabet), CONTEXT),
                 loss=lambda logits, y: F.cross_entropy(logits.flatten(0, 1), y.flatten()),
                 metric="loss", train=TensorDataset(x[:split], y[:split]),
                 held_out=TensorDataset(x[split:], y[split:]))
 
 
-TASKS = {"digits": _digits, "mnist": _mnist, "text": _text}
+TASKS = {"digits": _digits, "cnn": _cnn, "mnist": _mnist, "text": _text}
 
 
 def _images(train_x, train_y, test_x, test_y):
@@ -140,7 +179,7 @@ def _images(train_x, train_y, test_x, test_y):
         return TensorDataset(torch.from_numpy(x).unsqueeze(1), torch.tensor(y, dtype=torch.long))
 
     height, width = train_x.shape[1:]
-    return Task(build=lambda: cnn(height, width), loss=F.nll_loss, metric="accuracy",
+    return Data(build=lambda: cnn(height, width), loss=F.nll_loss, metric="accuracy",
                 train=dataset(train_x, train_y), held_out=dataset(test_x, test_y))
 
 

@@ -1,4 +1,4 @@
-"""What is trained: a small CNN and a small GPT."""
+"""What is trained: a residual network, a small CNN and a small GPT."""
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,29 @@ def cnn(height: int, width: int, classes: int = 10) -> nn.Sequential:
         nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(64 * (height // 2) * (width // 2), 128), nn.ReLU(),
         nn.Linear(128, classes), nn.LogSoftmax(dim=-1),
+    )
+
+
+class Residual(nn.Module):
+    """x plus two layers on it: (batch, width) -> (batch, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.relu(self.up(self.norm(x))))
+
+
+def residual_mlp(inputs: int, classes: int, width: int = 448, blocks: int = 6) -> nn.Sequential:
+    """(batch, ...) with that many inputs each -> log-probabilities.
+
+    Nearly all parameters are in the blocks, which are of one size, and a unit each by default.
+    """
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, width), *[Residual(width) for _ in range(blocks)],
+        nn.LayerNorm(width), nn.Linear(width, classes), nn.LogSoftmax(dim=-1),
     )
 
 

@@ -1,56 +1,58 @@
 """The picture of a `zero-ref compare` report."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from .palette import COMMUNICATION, INK, KINDS
+from .palette import COMMUNICATION, INK, KINDS, PADDING, bytes_text
 
 
-def draw(report: dict[str, Any]) -> Figure:
-    """report: what `zero_ref.commands.compare.compare` returned. Returns a matplotlib Figure.
+def draw(report: Mapping[str, Any]) -> Figure:
+    """report: what `zero_ref.compare` returned. Returns a matplotlib Figure.
 
-    Bars are measurements; the thin black outlines and lines are the formula's values.
+    For each system what a rank holds between two steps, how far that rises within a step, and what
+    it sends per step.
     """
-    rows = report["systems"]
+    rows = [row for row in report["systems"] if row["failed"] is None]
     names = [row["system"] for row in rows]
-    figure = Figure(figsize=(10, 4.6), layout="constrained", dpi=150)
-    held, sent = figure.subplots(1, 2, width_ratios=[3, 2], sharey=True)
+    figure = Figure(figsize=(10, 1.9 + 0.45 * len(rows)), layout="constrained", dpi=150)
+    held, sent = figure.subplots(1, 2, width_ratios=[3, 1.3], sharey=True)
 
     left = [0.0] * len(rows)
     for kind, colour in KINDS.items():
-        width = [row["resident_bytes"][kind] / 1e3 for row in rows]
-        held.barh(names, width, left=left, color=colour, height=0.62, label=kind)
+        width = [row["resident_bytes"][kind] for row in rows]
+        held.barh(names, width, left=left, color=colour, height=0.62,
+                  label={"optimizer": "optimizer states"}.get(kind, kind))
         left = [a + b for a, b in zip(left, width)]
-    formula = [sum(row["formula_bytes"].values()) / 1e3 for row in rows]
-    held.barh(names, formula, color="none", edgecolor=INK, height=0.62, label="formula")
-    for y, total in enumerate(left):
-        held.annotate(f"{total:,.0f}", (total, y), xytext=(5, 0), textcoords="offset points",
-                      va="center", color=INK)
-    held.set_xlim(0, max(left) * 1.14)
-    held.set_title("Model states held per rank, kB", loc="left")
-    held.legend(frameon=False, loc="lower right")
+    rest = [max(0, row["peak_bytes"] - states) for row, states in zip(rows, left)]
+    held.barh(names, rest, left=left, color="none", edgecolor=PADDING, hatch="////", linewidth=0.8,
+              height=0.62, label="beyond that at the peak: activations, buckets, full units")
+    for y, row in enumerate(rows):
+        held.annotate(bytes_text(row["peak_bytes"]), (max(row["peak_bytes"], left[y]), y),
+                      xytext=(6, 0), textcoords="offset points", va="center", color=INK)
+        held.annotate(bytes_text(left[y]), (left[y], y), xytext=(-6, 0), va="center", ha="right",
+                      textcoords="offset points", color="white", weight="bold", fontsize=9)
+    held.set_xlim(0, max(row["peak_bytes"] for row in rows) * 1.14)
+    held.set_title("What a rank holds: between two steps, and at the peak of one", loc="left",
+                   fontsize=11)
+    held.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4, fontsize=9,
+                columnspacing=1.2, handlelength=1.4)
     held.invert_yaxis()
 
-    bytes_sent = [(row["sent_bytes_per_step"] or row["counted_by_kernel"] or 0) / 1e3
-                  for row in rows]
+    bytes_sent = [row["sent_bytes_per_step"] or row["counted_by_kernel"] or 0 for row in rows]
     sent.barh(names, bytes_sent, color=COMMUNICATION, height=0.62)
-    sent.barh(names, [row["formula_sent_bytes"] / 1e3 for row in rows], color="none",
-              edgecolor=INK, height=0.62)
-    for y, (row, total) in enumerate(zip(rows, bytes_sent)):
-        psi = 3 if row["system"] == "stage 3" else 2
-        equal = {row["formula_sent_bytes"]: "=", None: "≈"}.get(row["sent_bytes_per_step"], "≠")
-        sent.annotate(f"{total:,.0f} {equal} {psi}Ψ·(N−1)/N", (0, y), xytext=(6, 0),
-                      textcoords="offset points", va="center", color="black")
-    sent.set_title("Sent per rank and step, kB", loc="left")
+    for y, total in enumerate(bytes_sent):
+        about = "" if rows[y]["sent_bytes_per_step"] else "≈ "
+        sent.annotate(about + bytes_text(total), (total, y), xytext=(6, 0), va="center",
+                      textcoords="offset points", color=INK)
+    sent.set_xlim(0, max([*bytes_sent, 1]) * 1.5)
+    sent.set_title("What it sends per step", loc="left", fontsize=11)
 
     for axes in (held, sent):
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-    same = [row for row in rows if row["system"] != "DDP" and row["same_bits_as_stage_0"]]
-    stages = len(rows) - 1
-    bits = (f"all {stages} stages end with the same weights, bit for bit" if len(same) == stages
-            else f"only {len(same)} of {stages} stages end with the weights of stage 0")
-    figure.suptitle(f"{report['task']}, Ψ = {report['parameters']:,} parameters, "
-                    f"N = {report['world_size']} ranks: {bits}", x=0.01, ha="left", weight="bold")
+        axes.spines[["top", "right", "left", "bottom"]].set_visible(False)
+        axes.tick_params(axis="both", length=0)
+        axes.set_xticks([])
+    figure.suptitle(f"{report['task']}: {report['numel']:,} parameters, {report['world_size']} "
+                    "ranks", x=0.01, ha="left", weight="bold")
     return figure

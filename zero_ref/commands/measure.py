@@ -1,0 +1,364 @@
+"""What `compare` does on every rank: train with one system, and measure it."""
+
+import gc
+import hashlib
+import os
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import ProfilerActivity, profile
+
+from .. import MixedPrecision, wrap
+from ..engine.precision import own_precision
+from ..engine.tree import tensors_in
+from ..observe import memory
+from ..observe.trace import loopback_bytes, trace
+from ..partition import lay_out
+from ..tasks.task import Task, seed_everything
+from . import systems
+from .train import describe, prepare_device, progress
+
+COUNTED = 3  # steps in which bytes are counted
+
+
+@dataclass
+class Settings:
+    """What is the same for all systems of a comparison. folder: where rank 0 keeps the weights of
+    stage 0, for the others to compare with. unused: names of parameters that get no gradient on any
+    rank. find_unused: whether some get none on one of them."""
+
+    steps: int
+    seed: int
+    device: str
+    mixed_precision: MixedPrecision | None
+    folder: Path
+    unused: frozenset[str] = frozenset()
+    find_unused: bool = False
+
+
+@dataclass
+class System:
+    """name: its row's. stage: the ZeRO stage whose formula it is to keep to, None for FSDP2 and
+    for a user's own. wrap(net, task, settings) -> the model."""
+
+    name: str
+    wrap: Callable[[nn.Module, Task, Settings], nn.Module]
+    stage: int | None = None
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith("stage ")
+
+
+def stage(number: int) -> System:
+    return System(f"stage {number}", lambda net, task, settings: wrap(
+        net, number, units=task.units, mixed_precision=settings.mixed_precision), number)
+
+
+DDP = System("DDP", lambda net, task, settings: systems.ddp(net, settings.find_unused), 0)
+FSDP2 = System("FSDP2", lambda net, task, settings: systems.fsdp2(
+    net, task.units, settings.mixed_precision))
+
+
+def users(name: str, wrap_like: systems.WrapLike, number: int) -> System:
+    return System(f"{name}, stage {number}", lambda net, task, settings: wrap_like(net, number))
+
+
+# ---- before anything is trained ------------------------------------------------------------------
+
+
+def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] | None:
+    """On rank 0, without any system: whether the task is what it has to be, and what it is like.
+
+    Raises ValueError in one sentence if it cannot be trained.
+    """
+    device = prepare_device(settings.device)
+    if dist.get_rank() != 0:
+        return None
+    task, world_size = make_task(), dist.get_world_size()
+    for rank in range(world_size):
+        _call(f"batch(0, {rank}) of {task.name}", task.batch, 0, rank)
+    batches = [task.batch_on(device, 0, rank) for rank in range(world_size)]
+    if world_size > 1 and len(set(map(_fingerprint, batches))) == 1:
+        raise ValueError(f"batch(0, rank) of {task.name} gives every rank the same data, so that "
+                         f"{world_size} ranks would compute what one does: choose the samples by "
+                         "rank")
+    net, calls, gradients = _first_step(task, settings, device, batches[0])
+    again = _first_step(task, settings, device, batches[0])[2]
+    missing, called = [_without(gradients)], [set(calls)]  # for each rank
+    for batch in batches[1:]:
+        _, calls_there, gradients_there = _first_step(task, settings, device, batch)
+        missing.append(_without(gradients_there))
+        called.append(set(calls_there))
+
+    units = lay_out(net, task.units, own_precision, 0, world_size)
+    names = {module: name for name, module in net.named_modules()}
+    inner = [names[unit.module] for unit in units if unit.module is not net]
+    largest = max(units, key=lambda unit: unit.numel)
+    children = [sum(p.numel() for p in child.parameters()) for child in largest.module.children()]
+    return {
+        "task": task.name, "numel": sum(unit.numel for unit in units),
+        "device": describe(device), "metric": task.metric,
+        "unused": sorted(set.intersection(*missing)),
+        "used_on_some_ranks": sorted(set.union(*missing) - set.intersection(*missing)),
+        "run_on_some_ranks": sorted({*inner} & set.union(*called) - set.intersection(*called)),
+        "deterministic": all(_same(again[name], gradients[name]) for name in gradients),
+        "once": all(calls[name] == 1 for name in inner)
+        and not any(unit.frozen for unit in units),
+        "largest_unit": {"name": largest.name, "kind": type(largest.module).__name__,
+                         "numel": largest.numel, "largest_child": max(children, default=0)},
+        "root_numel": sum(unit.numel for unit in units if unit.module is net),
+        "itemsize": max(unit.dtype.itemsize for unit in units),
+    }
+
+
+def _first_step(task, settings, device, batch):
+    """A new module, how often each part of it was called, and its gradients, by name."""
+    net, calls = _build(task, settings).to(device), Counter()
+    for name, module in net.named_modules():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    lay_out(net, task.units, own_precision, 0, 1)  # raises what zero_ref.wrap would
+    seed_everything(settings.seed)
+    _loss(task, net, batch).backward()
+    return net, calls, {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
+
+
+def _without(gradients):
+    return {name for name, grad in gradients.items() if grad is None}
+
+
+def _call(what, fn, *args):
+    """fn(*args). A failure becomes a ValueError, which says where in the user's file it came up."""
+    try:
+        return fn(*args)
+    except Exception as error:
+        file = getattr(getattr(fn, "__func__", fn), "__code__", _call.__code__).co_filename
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == file]
+        where = f", at line {lines[-1]} of {Path(file).name}" if lines and file != __file__ else ""
+        raise ValueError(f"{what} failed with {type(error).__name__}{where}: {error}") from error
+
+
+def _build(task, settings):
+    seed_everything(settings.seed)
+    net = _call(f"build() of {task.name}", task.build)
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"build() of {task.name} returned a {type(net).__name__}: it has to "
+                         "return a torch.nn.Module")
+    return net
+
+
+def _loss(task, net, batch):
+    loss = _call(f"loss(model, batch) of {task.name}", task.loss, net, batch)
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        what = (f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor)
+                and loss.numel() != 1 else "a value without a graph" if isinstance(loss, Tensor)
+                else f"a {type(loss).__name__}")
+        raise ValueError(f"loss(model, batch) of {task.name} returned {what}: it has to return a "
+                         "scalar tensor that comes from the model, such as a mean over the batch")
+    return loss
+
+
+def _fingerprint(batch):
+    tensors = [t.detach().cpu().contiguous() for t in tensors_in(batch)]
+    parts = [t.view(torch.uint8).numpy().tobytes() if t.dim() else str(t).encode()
+             for t in tensors] or [cloudpickle.dumps(batch)]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _same(a, b):
+    """Bit for bit, also where both are NaN or None."""
+    if a is None or b is None:
+        return a is b
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+# ---- with a system -------------------------------------------------------------------------------
+
+
+def train(make_task: Callable[[], Task], system: System, settings: Settings,
+          dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Take the steps, without instruments, and compare the weights with those of stage 0, which
+    comes first. dtype: the module's and the data's, instead of their own."""
+    return _Run(make_task(), system, settings, dtype).train()
+
+
+def measure(make_task: Callable[[], Task], system: System, settings: Settings) -> dict[str, Any]:
+    """`train`, then count bytes in steps of their own, with a model of their own."""
+    return _Run(make_task(), system, settings).train() | count_bytes(make_task, system, settings)
+
+
+def count_bytes(make_task: Callable[[], Task], system: System, settings: Settings
+                ) -> dict[str, Any]:
+    """What this rank holds between two steps and at the peak of one, and what it sends."""
+    task = make_task()  # with its data, which are nobody's model states
+    gc.collect()
+    before = live_bytes()
+    found: dict[str, Any] = {}
+    run = _Run(task, system, settings)
+
+    def at_rest():
+        return sum(n for key, n in live_bytes().items() if key not in before)
+
+    def look():
+        found["resident"] = memory.resident(run.model, run.optimizer)
+        found["together"] = at_rest()
+
+    for number in range(2):  # optimizer states and DDP's buckets are there after these
+        run.step(number)
+    found["peak"] = at_rest() + _ddp_buckets(run.model) + most_bytes(run.device,
+                                                                     lambda: run.step(2))
+    run.step(3, look)
+    dist.barrier()
+    sent_before = loopback_bytes()
+    for number in range(4, 4 + COUNTED):
+        with trace() as sent:
+            run.step(number)
+    dist.barrier()
+    sent_after, found["counted"] = loopback_bytes(), None
+    if sent_before is not None and sent_after is not None:
+        found["counted"] = (sent_after - sent_before) / COUNTED / dist.get_world_size()
+    found["sent"] = sum(event.wire_bytes for event in sent.events if event.unit != "buffers")
+    found["state_dtypes"] = _state_dtypes(run.optimizer)
+    found["optimizer"] = type(run.optimizer).__name__
+    if system.ours:
+        found["units"] = [UnitFacts(
+            u.sizes, u.frozen, u.dtype, u.grad_dtype, u.master.dtype,
+            frozenset(i for i, name in enumerate(u.names) if name in settings.unused))
+            for u in run.model.units]
+    return found
+
+
+def _state_dtypes(optimizer):
+    """Of what the optimizer keeps for each element."""
+    for p, state in optimizer.state.items():
+        if p.numel():
+            return [value.dtype for key, value in state.items()
+                    if key != "step" and getattr(value, "shape", None) == p.shape]
+    return []
+
+
+class _Run:
+    def __init__(self, task: Task, system: System, settings: Settings, dtype=None):
+        self.task, self.system, self.settings, self.dtype = task, system, settings, dtype
+        self.rank, self.device = dist.get_rank(), prepare_device(settings.device)
+        # Rank 0's values have to win; FSDP2, and maybe the user's, does not send them.
+        seed_everything(settings.seed + (self.rank if system.stage is not None else 0))
+        net = task.build().to(self.device, dtype)
+        self.names = [name for name, _ in net.named_parameters()]
+        self.model = system.wrap(net, task, settings)
+        self.optimizer = task.optimizer(self.model.parameters())
+
+    def step(self, number: int, before_update: Callable[[], Any] = lambda: None) -> float:
+        """Returns the loss. before_update: called when backward is through."""
+        batch = self.task.batch_on(self.device, number, self.rank, self.dtype)
+        seed_everything(self.settings.seed + 1 + number * dist.get_world_size() + self.rank)
+        self.start = time.perf_counter()
+        loss = self.task.loss(self.model, batch)
+        loss.backward()
+        before_update()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.item()  # on CUDA this waits for the step
+
+    def train(self) -> dict[str, Any]:
+        steps, seconds, losses = self.settings.steps, [], []
+        differences = {}
+        with progress(steps) as show:
+            for number in range(steps):
+                losses.append(self.step(number))
+                seconds.append(time.perf_counter() - self.start)
+                show(f"{self.system.name}  loss {losses[-1]:.4f}")
+                if number in (0, steps - 1):
+                    differences[number + 1] = self.compare_weights(number + 1)
+        held_out = losses[-1]
+        if self.task.evaluate is not None and self.dtype is None:
+            held_out = self.task.evaluate(self.model, self.device)
+        return {"loss": losses[-1], "held_out": held_out,
+                "seconds": sorted(seconds[1:])[len(seconds[1:]) // 2], **self.weights,
+                "first_difference": differences[1], "difference": differences[steps]}
+
+    def compare_weights(self, step: int) -> float | None:
+        """The largest difference from stage 0's weights after that step, or None."""
+        state = systems.full_state(self.model)
+        digest = hashlib.sha256()
+        for name in self.names:  # buffers of the ranks may differ
+            if name in state:
+                digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
+        self.weights = {"digest": digest.hexdigest()}
+        file = self.settings.folder / f"{'fp64' if self.dtype else 'own'}-{step}.pt"
+        if self.rank == 0 and self.system.name == "stage 0":
+            torch.save(state, file)
+        if self.rank != 0:
+            return None
+        reference = torch.load(file, mmap=True)
+        if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in reference.items()}:
+            return None
+        return max(((state[name].double() - reference[name].double()).abs().max().item()
+                    for name in reference if reference[name].numel()), default=0.0)
+
+
+@dataclass
+class UnitFacts:
+    """What the formula has to know of a unit. unused: indices of parameters without gradient."""
+
+    sizes: list[int]
+    frozen: bool
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    master_dtype: torch.dtype
+    unused: frozenset[int]
+
+
+def live_bytes() -> dict[int, int]:
+    """Bytes of every storage that a tensor in this process refers to, by the storage's address."""
+    found = {}
+    for tensor in gc.get_objects():
+        if issubclass(type(tensor), Tensor):
+            tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+            with torch._C.DisableTorchFunctionSubclass():
+                if tensor.layout == torch.strided and not tensor.is_meta:
+                    storage = tensor.untyped_storage()
+                    found[storage._cdata] = storage.nbytes()
+    return found
+
+
+def most_bytes(device: torch.device, step: Callable[[], Any]) -> int:
+    """The most bytes of tensors that `step()` has in memory at one time, beside what was there.
+
+    On a CPU of those that this thread allocates: what a message needs on its way is not seen.
+    """
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks on stderr
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        step()
+    now = most = 0
+    for event in run.profiler.kineto_results.events():
+        if event.name() == "[memory]":  # one for every allocation (+) and release (-)
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+def _ddp_buckets(model):
+    """Bytes of DDP's buckets, to which no tensor in Python refers."""
+    if not isinstance(model, DistributedDataParallel):
+        return 0
+    facts = model._get_ddp_logging_data()
+    sizes = facts.get("rebuilt_bucket_sizes") or facts["bucket_sizes"]
+    return sum(int(nbytes) for nbytes in sizes.split(","))

@@ -1,0 +1,86 @@
+"""A Task from a Hugging Face config: that architecture, untrained, on random tokens or pixels.
+
+Nothing is downloaded, and no code runs that is not part of the installed transformers.
+"""
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.tree import tensors_in
+from .task import Task
+
+SAMPLES, TOKENS = 4, 64  # per rank and step; per sample, at most
+
+
+def load_config(path: Path) -> Task:
+    """path: a config.json, or the folder that it is in. Raises ValueError for what is none."""
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as a config: {error}") from error
+    if not isinstance(raw, dict) or "model_type" not in raw:
+        raise ValueError(f"{file} is no Hugging Face config: it has no \"model_type\"")
+    if "auto_map" in raw:
+        raise ValueError(f"{file} wants code from its repository (\"auto_map\"), which is not run "
+                         "here: write a file with build(), batch() and loss() that imports it")
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError(f"{file} is a Hugging Face config, which needs the package transformers: "
+                         "pip install transformers") from None
+    if raw["model_type"] not in transformers.CONFIG_MAPPING:
+        raise ValueError(f"{file}: the installed transformers {transformers.__version__} does not "
+                         f"know the model_type {raw['model_type']!r}")
+    config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    config.use_cache = False
+    kind = _model_class(transformers, config, raw.get("architectures") or [])
+    return Task(name=f"{raw['model_type']} ({kind.__name__})",
+                build=lambda: kind._from_config(config),
+                batch=lambda step, rank: _batch(config, kind, step, rank), loss=_loss)
+
+
+def _model_class(transformers: Any, config: Any, architectures: list[str]) -> type[nn.Module]:
+    named = getattr(transformers, architectures[0], None) if architectures else None
+    if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
+        return named
+    for auto in ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM",
+                 "AutoModelForImageClassification", "AutoModel"):
+        mapping = getattr(transformers, auto)._model_mapping
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    raise ValueError(f"transformers {transformers.__version__} has no model for a "
+                     f"{type(config).__name__}")
+
+
+def _batch(config: Any, kind: type[nn.Module], step: int, rank: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    takes_labels = "labels" in inspect.signature(kind.forward).parameters
+    if kind.main_input_name == "pixel_values":
+        side = config.image_size
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        batch = {"pixel_values": torch.randn(SAMPLES, config.num_channels, height, width,
+                                             generator=generator)}
+        labels = torch.randint(config.num_labels, (SAMPLES,), generator=generator)
+    else:
+        text = config.get_text_config()
+        tokens = min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
+        batch = {"input_ids": torch.randint(text.vocab_size, (SAMPLES, tokens),
+                                            generator=generator)}
+        labels = batch["input_ids"]
+        if "ForSequenceClassification" in kind.__name__:
+            labels = torch.randint(config.num_labels, (SAMPLES,), generator=generator)
+    return batch | ({"labels": labels} if takes_labels else {})
+
+
+def _loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    output = model(**batch)
+    if getattr(output, "loss", None) is not None:
+        return output.loss
+    return next(t for t in tensors_in(dict(output)) if t.is_floating_point()).square().mean()
