@@ -282,6 +282,8 @@ def test_a_model_that_is_not_deterministic_is_said_to_be_so():
     ("list.json", "[]", "is no Hugging Face config"),
     ("remote.json", '{"model_type": "x", "auto_map": {}}', "wants code from its repository"),
     ("new.json", '{"model_type": "of tomorrow"}', "does not know the model_type 'of tomorrow'"),
+    ("clip.json", '{"model_type": "clip"}', "takes more than tokens or pixels alone"),
+    ("audio.json", '{"model_type": "wav2vec2"}', "takes more than tokens or pixels alone"),
 ])
 def test_a_file_that_does_not_fit(name, text, sentence, tmp_path, capsys):
     where = name

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..engine.tree import tensors_in
 from .task import Task
 
-SAMPLES, TOKENS = 4, 64  # per rank and step; per sample, at most
+SAMPLES, TOKENS, PIXELS = 4, 64, 224  # per rank and step; at most; where the config does not say
 
 
 def load_config(path: Path) -> Task:
@@ -40,6 +40,11 @@ def load_config(path: Path) -> Task:
     config = transformers.CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     config.use_cache = False
     kind = _model_class(transformers, config, raw.get("architectures") or [])
+    takes = kind.main_input_name
+    if not (takes == "input_ids" or (takes == "pixel_values" and hasattr(config, "num_channels"))):
+        raise ValueError(f"{file}: a {kind.__name__} takes more than tokens or pixels alone, which "
+                         "is all that is made up here: write a file with build(), batch() and "
+                         "loss()")
     return Task(name=f"{raw['model_type']} ({kind.__name__})",
                 build=lambda: kind._from_config(config),
                 batch=lambda step, rank: _batch(config, kind, step, rank), loss=_loss)
@@ -49,7 +54,7 @@ def _model_class(transformers: Any, config: Any, architectures: list[str]) -> ty
     named = getattr(transformers, architectures[0], None) if architectures else None
     if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
         return named
-    for auto in ("AutoModelForSeq2SeqLM", "AutoModelForCausalLM", "AutoModelForMaskedLM",
+    for auto in ("AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModelForCausalLM",
                  "AutoModelForImageClassification", "AutoModel"):
         mapping = getattr(transformers, auto)._model_mapping
         if type(config) in mapping:
@@ -63,14 +68,15 @@ def _batch(config: Any, kind: type[nn.Module], step: int, rank: int) -> dict[str
     generator = torch.Generator().manual_seed(1000 * step + rank)
     takes_labels = "labels" in inspect.signature(kind.forward).parameters
     if kind.main_input_name == "pixel_values":
-        side = config.image_size
+        side = getattr(config, "image_size", None) or PIXELS
         height, width = side if isinstance(side, list | tuple) else (side, side)
         batch = {"pixel_values": torch.randn(SAMPLES, config.num_channels, height, width,
                                              generator=generator)}
         labels = torch.randint(config.num_labels, (SAMPLES,), generator=generator)
     else:
         text = config.get_text_config()
-        tokens = min(TOKENS, getattr(text, "max_position_embeddings", None) or TOKENS)
+        limit = getattr(text, "max_position_embeddings", None) or TOKENS
+        tokens = min(TOKENS, limit) if limit > 0 else TOKENS
         batch = {"input_ids": torch.randint(text.vocab_size, (SAMPLES, tokens),
                                             generator=generator)}
         labels = batch["input_ids"]
