@@ -1,8 +1,8 @@
 """Models of one's own in `zero_ref.compare` and `zero-ref compare --model`: what works beside DDP
 and FSDP2, what is refused at once, and that the tables say what was measured."""
 
-import itertools
 import json
+import os
 import subprocess
 import sys
 
@@ -185,23 +185,43 @@ def test_the_template_runs(tmp_path, monkeypatch, capsys):
     assert "my_model.py with Ψ" in capsys.readouterr().out
 
 
+MINE = """
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+class Mine(torch.nn.Module):  # with names that a model of this package has, too
+    def __init__(self, module):
+        super().__init__()
+        self.module, self.units = DistributedDataParallel(module), [torch.zeros(250_000)]
+
+    def forward(self, x):
+        return self.module(x)
+
+    def state_dict(self):
+        return self.module.state_dict()
+
+def wrap_like(module, stage):
+    return Mine(module)
+"""
+
+
 def test_a_module_and_systems_of_my_own(tmp_path, monkeypatch):
     package = tmp_path / "my_package"
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "my_module.py").write_text(files.TEMPLATE)
-    (tmp_path / "mine.py").write_text("import zero_ref\ndef wrap_like(module, stage):\n"
-                                      "    return zero_ref.wrap(module, stage)\n")
+    (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--model", "my_package.my_module", "--world-size", "2", "--steps", "2",
                  "--stages", "1", "--system", "mine.py:wrap_like", "--json", "report.json"]) == 0
     rows = {row["system"]: row for row in json.loads(
         (tmp_path / "report.json").read_text())["systems"]}
     assert list(rows) == ["DDP", "FSDP2", "stage 0", "stage 1", "wrap_like, stage 1"]
-    mine, ours = rows["wrap_like, stage 1"], rows["stage 1"]
-    assert mine["digest"] == ours["digest"] and mine["peak_bytes"] > 0
+    mine = rows["wrap_like, stage 1"]
+    assert mine["digest"] == rows["DDP"]["digest"] and mine["peak_bytes"] > 1_000_000
+    assert mine["together_bytes"] > 1_000_000 + sum(mine["resident_bytes"].values())
     if mine["counted_by_kernel"]:  # of everything on the loopback device, headers included
-        assert mine["counted_by_kernel"] >= ours["sent_bytes_per_step"]
+        assert mine["counted_by_kernel"] >= rows["DDP"]["formula_sent_bytes"]
 
 
 def test_a_system_that_fails_keeps_its_row():
@@ -211,10 +231,25 @@ def test_a_system_that_fails_keeps_its_row():
         return zero_ref.wrap(module, stage)
 
     report = compare(systems={"mine": broken}, stages=(0, 3))
+    assert "mine, stage 3" in str(report)
     rows = {row["system"]: row for row in report["systems"]}
     assert rows["mine, stage 0"]["failed"] is None and not report["failed_promises"]
     assert rows["mine, stage 3"]["failed"] == "NotImplementedError: stage 3 is not written yet"
     assert "mine, stage 3 failed: NotImplementedError: stage 3 is not" in str(report)
+
+
+def test_a_system_that_does_not_average_is_found_out():
+    class Alone(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, x):
+            return self.module(x)
+
+    report = compare(systems={"mine": lambda module, stage: Alone(module)}, stages=(0,))
+    assert "mine, stage 0 differs in float64, too: that is not rounding" in str(report)
+    assert "DDP differs in float64" not in str(report)
 
 
 def test_compare_under_torchrun(tmp_path):
@@ -232,6 +267,9 @@ def test_compare_under_torchrun(tmp_path):
 # ---- what does not fit ---------------------------------------------------------------------------
 
 
+GENERATOR, ONE = torch.Generator(), mlp()
+
+
 def raises(*_):
     raise TypeError("no such width")
 
@@ -247,7 +285,12 @@ def raises(*_):
     ({"loss": raises}, "failed with TypeError.*at line .* of test_compare.py: no such width"),
     ({"loss": lambda model, x: model(x)}, r"returned a tensor of shape \(4, 6\): it has to return"),
     ({"loss": lambda model, x: 1.0}, "returned a float: it has to return a scalar tensor"),
-    ({"loss": lambda model, x: x.sum()}, "returned a value without a graph"),
+    ({"loss": lambda model, x: x.sum()}, "returned a tensor that needs no gradient"),
+    ({"loss": lambda model, x: model(x).sum() * float("nan")}, "is NaN at the first step"),
+    ({"batch": lambda step, rank: torch.randn(4, 6, generator=GENERATOR)}, "gives other data when"),
+    ({"build": lambda: ONE}, "returns the same module each time"),
+    ({"optimizer": lambda params: None}, "returned a NoneType: it has to return a torch.optim"),
+    ({"mixed_precision": torch.bfloat16}, "give a zero_ref.MixedPrecision"),
     ({"stages": (4,)}, r"stages=\[4\]: each must be 0, 1, 2 or 3"),
     ({"steps": 1}, "steps=1: at least 2"),
     ({"device": "cuda"}, "no CUDA GPU"),
@@ -260,17 +303,24 @@ def test_what_does_not_fit(options, sentence):
 
 
 def test_a_model_that_is_not_deterministic_is_said_to_be_so():
-    counter = itertools.count()
+    class Noisy(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * (1 + os.urandom(1)[0] / 1000)
 
-    def build():
-        net = mlp()
-        with torch.no_grad():
-            net[0][0].weight.fill_(float(next(counter)))
-        return net
-
-    report = compare(build, stages=(0, 1))
+    report = compare(lambda: nn.Sequential(Noisy(6, 6), nn.Linear(6, 6)), stages=(0, 1))
     assert not report["deterministic"] and "not deterministic" in str(report)
-    assert not any("bit for bit" in promise for promise in report["failed_promises"])
+    assert report["failed_promises"] == []
+
+
+def test_a_report_in_which_every_system_failed():
+    def loss(model, x):
+        assert isinstance(model, nn.Sequential), "[/only the bare module]"
+        return model(x).sum()
+
+    report = compare(loss=loss, stages=(0,))
+    assert [row["system"] for row in report["systems"] if row["failed"] is None] == ["FSDP2"]
+    assert "stage 0 failed: AssertionError: [/only the bare module]" in str(report)
+    json.dumps(report)
 
 
 @pytest.mark.parametrize("name, text, sentence", [
@@ -330,7 +380,7 @@ def test_a_broken_promise_is_shown(monkeypatch):
     monkeypatch.setattr(compare_module, "launch", launch_and_spoil)
     report = compare()
     assert sorted(report["failed_promises"]) == [
-        "stage 1: in float64 the weights are DDP's",
+        "stage 1: in float64 the weights are DDP's, within 1e-09",
         "stage 2: the weights are those of stage 0, bit for bit",
         "stage 3: bytes sent are those of the formula on every rank",
         "stage 3: resident bytes are those of the formula on every rank"]
@@ -345,22 +395,24 @@ def test_a_notebook_gets_table_and_picture():
 
 def sentences(largest, root, child, peaks, numel=1000, states=4000):
     def row(system, held, peak, sent=6000):
-        return {"system": system, "failed": None, "peak_bytes": peak, "sent_bytes_per_step": sent,
+        return {"system": system, "kind": "torch" if system == "DDP" else "ours",
+                "failed": None, "peak_bytes": peak, "sent_bytes_per_step": sent,
                 "resident_bytes": {"parameters": held, "gradients": 0, "optimizer": 0}}
 
     rows = [row("DDP", 4 * states, peaks[0]), row("stage 0", 4 * states, peaks[0]),
             row("stage 3", states, peaks[1], 9000)]
     return " ".join(what_to_look_at({
-        "systems": rows, "numel": numel, "itemsize": 4, "root_numel": root, "largest_unit": {
-            "name": "layer", "kind": "Linear", "numel": largest, "largest_child": child}}))
+        "systems": rows, "numel": numel, "itemsize": 4, "root_numel": root, "world_size": 4,
+        "largest_unit": {"name": "layer", "kind": "Linear", "numel": largest,
+                         "largest_child": child, "tied": False}}))
 
 
 def test_what_dominates_is_said_with_its_number():
     assert ("DDP and 5,000 B at stage 3, which sends 9,000 B per step instead of 6,000 B"
             in sentences(100, 0, 0, (17000, 5000)))
     large = sentences(900, 0, 300, (17000, 12000))
-    assert "'layer' (Linear), has 90% of the parameters" in large and "at most 1,200 B" in large
-    assert "single layer" in sentences(900, 0, 0, (17000, 12000))
+    assert "'layer' (Linear), has 90% of the parameters" in large and "would have 1,200 B" in large
+    assert "cannot be split" in sentences(900, 0, 0, (17000, 12000))
     assert "The root's own parameters, 3,200 B" in sentences(100, 800, 0, (17000, 9000))
     assert "All parameters belong to the root" in sentences(1000, 1000, 0, (17000, 9000))
     assert "about 14.0 kB" in sentences(100, 0, 0, (30000, 18000))

@@ -23,7 +23,7 @@ README = PAGES["README.md"]
 def test_the_table_is_what_compare_prints():
     """Its bytes, that is: times, and the last digits of a loss, are a machine's. The peak falls."""
     report = compare.run(lambda: data.task("digits", None, 4, 96), (0, 1, 2, 3), 4, steps=2)
-    rows = [re.split(r" {2,}", line.strip()) for line in README.splitlines()]
+    rows = [re.split(r" {2,}", line.strip()) for line in PAGES["docs/comparing.md"].splitlines()]
     for system in report["systems"]:
         for name, kind in ((system["system"], "resident_bytes"), ("formula", "formula_bytes")):
             if system[kind] is not None:

@@ -112,7 +112,9 @@ def _compare(args):
 
     _check_output(args.json, args.figure)
     ours = _world_size(args)
-    systems = {name.rpartition(":")[2]: _loaded_there(name) for name in args.system}
+    short = [name.rpartition(":")[2] for name in args.system]
+    systems = {last if short.count(last) == 1 else name: _loaded_there(name)
+               for name, last in zip(args.system, short)}
     report = run(_make_task(args, ours), args.stages, ours, steps=_steps(args), systems=systems,
                  device=args.device, backend=args.backend, seed=args.seed)
     if _is_first():
@@ -148,10 +150,10 @@ def _train(args):
     if _is_first():
         held = ", ".join(f"{kind} {size / 1e3:,.1f} kB"
                          for kind, size in report["resident_bytes"].items())
+        what = f"held-out {report['metric']}" if report["metric"] else "loss"
         print(f"{report['task']}, stage {report['stage']}, {world_size} ranks on "
-              f"{report['device']}, {report['steps']} steps: held-out {report['metric']} "
-              f"{report['held_out']:.4f}, {report['samples_per_second']:,.0f} samples/s; rank 0 "
-              f"holds {held}")
+              f"{report['device']}, {report['steps']} steps: {what} {report['held_out']:.4f}, "
+              f"{report['samples_per_second']:,.0f} samples/s; rank 0 holds {held}")
         _write_json(args.json, report)
     return 0
 

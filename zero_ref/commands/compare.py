@@ -60,7 +60,9 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
         systems: Mapping[str, WrapLike] | None = None, device: str = "cpu",
         backend: str | None = None, seed: int = 0) -> "Report":
     """`compare` with a function that makes the Task, on every rank."""
-    if steps < 2:
+    if not isinstance(mixed_precision, MixedPrecision | None):
+        raise ValueError(f"mixed_precision={mixed_precision!r}: give a zero_ref.MixedPrecision")
+    if type(steps) is not int or steps < 2:
         raise ValueError(f"steps={steps}: at least 2, the first only creates the optimizer states")
     if not stages or not {*stages} <= {0, 1, 2, 3}:
         raise ValueError(f"stages={list(stages)}: each must be 0, 1, 2 or 3")
@@ -100,7 +102,7 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
             rows[system.name] = _row(system, ranks, reason, rows.get("stage 0"), facts, settings,
                                      world_size)
         in_float64 = replace(settings, steps=min(steps, IN_FLOAT64), mixed_precision=None)
-        for system in [system for system in (*ours, DDP, FSDP2)
+        for system in [system for system in (*ours, DDP, FSDP2, *others)
                        if rows[system.name]["failed"] is None]:
             ranks, reason = _attempt(everywhere, measure.train, make_task, system, in_float64,
                                 torch.float64)
@@ -108,10 +110,11 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
             if ranks is not None:
                 rows[system.name]["float64_difference"] = ranks[0]["difference"]
     ddp = rows["DDP"].get("float64_difference")
-    for system in ours:
-        if ddp is not None and rows[system.name].get("float64_difference") is not None:
-            rows[system.name]["promises"]["in float64 the weights are DDP's"] = (
-                ddp + rows[system.name]["float64_difference"] < CLOSE)
+    for row in [rows[system.name] for system in ours]:
+        stage = row.get("float64_difference")
+        if facts["deterministic"] and ddp is not None and stage is not None:
+            row["promises"][f"in float64 the weights are DDP's, within {CLOSE:g}"] = (
+                ddp + stage < CLOSE)
     order = ["DDP", "FSDP2", *[name for name in rows if name not in ("DDP", "FSDP2")]]
     failed = [f"{name}: {promise}" for name in order
               for promise, holds in rows[name]["promises"].items() if not holds]
@@ -153,27 +156,32 @@ def _row(system: System, ranks: list[dict] | None, reason: str | None, reference
 
     reference: stage 0's row.
     """
-    row: dict[str, Any] = {"system": system.name, "failed": reason, "promises": {}}
+    row: dict[str, Any] = {"system": system.name, "kind": system.kind, "failed": reason,
+                           "promises": {}, "peak_bytes": None, "seconds_per_step": None,
+                           "held_out": None}
     if ranks is None:
         return row
     first = ranks[0]
     row |= {
-        "loss": sum(r["loss"] for r in ranks) / world_size, "held_out": first["held_out"],
+        "loss": (loss := sum(r["loss"] for r in ranks) / world_size),
+        "held_out": loss if first["held_out"] is None else first["held_out"],
         "seconds_per_step": first["seconds"], "digest": first["digest"],
-        "same_bits_as_stage_0": first["digest"] == (reference or first)["digest"],
+        "same_bits_as_stage_0": first["digest"] is not None
+        and first["digest"] == (reference or first).get("digest"),
         "first_difference": first["first_difference"], "difference": first["difference"],
         "float64_difference": None,
         "resident_bytes": max((r["resident"] for r in ranks), key=lambda d: sum(d.values())),
         "together_bytes": max(r["together"] for r in ranks),
         "peak_bytes": max(r["peak"] for r in ranks), "counted_by_kernel": first["counted"],
-        "sent_bytes_per_step": max(r["sent"] for r in ranks) if system.ours else None,
+        "sent_bytes_per_step": max(r["sent"] for r in ranks) if system.kind == "ours" else None,
         "formula_bytes": None, "formula_sent_bytes": None,
     }
     if system.name == "stage 0":
-        facts |= {"units": first["units"], "optimizer": first["optimizer"]}
+        facts["units"] = first["units"]
     if system.stage is None or "units" not in facts:
         return row
-    if system.ours:
+    ours = system.kind == "ours"
+    if ours:
         formulas = [formula(facts["units"], world_size, system.stage, rank, first["state_dtypes"],
                             settings.mixed_precision) for rank in range(world_size)]
     else:
@@ -181,12 +189,12 @@ def _row(system: System, ranks: list[dict] | None, reason: str | None, reference
     row["formula_bytes"] = max(formulas, key=lambda d: sum(d.values()))
     if facts["once"]:
         row["formula_sent_bytes"] = formula_sent(facts["units"], world_size, system.stage)
-    if system.ours:
+    if ours:
         row["promises"] = {
-            "all ranks end with the same weights": len({r["digest"] for r in ranks}) == 1,
-            "resident bytes are those of the formula on every rank":
-                [r["resident"] for r in ranks] == formulas,
-        }
+            "all ranks end with the same weights": len({r["digest"] for r in ranks}) == 1}
+        if all(r["all_have_states"] for r in ranks):  # the optimizer may hold only some parameters
+            row["promises"]["resident bytes are those of the formula on every rank"] = (
+                [r["resident"] for r in ranks] == formulas)
         if facts["deterministic"]:
             row["promises"]["the weights are those of stage 0, bit for bit"] = (
                 row["same_bits_as_stage_0"])
@@ -202,7 +210,7 @@ def formula(units: Sequence[UnitFacts], world_size: int, stage: int, rank: int,
     """`memory.model_states` for a live model, of which parts may be frozen, or never used."""
     total = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for unit in units:
-        mixed = mixed_precision is not None and unit.dtype == mixed_precision.param_dtype
+        mixed = mixed_precision is not None and unit.master_dtype != unit.dtype
         kept = memory.model_states([unit.sizes], world_size, stage, rank=rank,
                                    param_dtype=unit.dtype, grad_dtype=unit.grad_dtype,
                                    optimizer_dtypes=state_dtypes,
@@ -254,9 +262,9 @@ class Report(dict):
     """
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, highlight=False)
+        console = Console(file=io.StringIO(), width=100, highlight=False, markup=False, emoji=False)
         _print(self, console)
-        return console.file.getvalue().rstrip()
+        return "\n".join(map(str.rstrip, console.file.getvalue().rstrip().splitlines()))
 
     __repr__ = __str__
 
@@ -283,29 +291,34 @@ def _print(report, console):
     console.print(f"{report['task']}: Ψ = {report['numel']:,} parameters, N = {n} ranks on "
                   f"{report['device']}\n{report['steps']} steps, {report['optimizer']}, torch "
                   f"{report['torch']}\n")
-    result = _table("The same training", "", "loss", f"held-out\n{report['metric']}",
+    metric = report["metric"]  # None: nothing is held out
+    result = _table("The same training", "", "loss", *[f"held-out\n{metric}"] * bool(metric),
                     "ms per\nstep", "after\n1 step", f"after\n{report['steps']}",
                     f"in float64,\nafter {report['float64_steps']}")
-    for row in measured:
+    for row in rows:
+        if row["failed"] is not None:
+            result.add_row(row["system"], "failed")
+            continue
         differences = [row["first_difference"], row["difference"], row["float64_difference"]]
-        held_out = row["held_out"]
-        result.add_row(row["system"], f"{row['loss']:.4f}",
-                       f"{held_out:.1%}" if report["metric"] == "accuracy" else f"{held_out:.4f}",
+        held_out = f"{row['held_out']:.1%}" if metric == "accuracy" else f"{row['held_out']:.4f}"
+        result.add_row(row["system"], f"{row['loss']:.4f}", *[held_out] * bool(metric),
                        f"{row['seconds_per_step'] * 1e3:.1f}", *map(_difference, differences))
     console.print(result)
-    console.print("The last three columns: the largest difference of any weight from stage 0's. "
-                  "DDP and FSDP2 sum\nin another order, so the first step differs by a rounding, "
-                  "and each later step starts from where\nthe one before ended: differences grow. "
-                  "In float64 roundings are smaller by nine digits, and so\nare the differences: "
-                  "it is the same computation.\n")
+    console.print("The last three columns: the largest difference of any weight from stage 0's.")
+    for sentence in [*_about_differences(rows), ""]:
+        console.print(sentence)
+    if report["mixed_precision"]:
+        console.print("DDP computes in the module's own precision, so its weights differ from "
+                      "those of the others.\n")
     unit = 1e6 if max((row["peak_bytes"] for row in measured), default=0) > 1e7 else 1e3
     name = "MB (1 MB = 1,000,000 bytes)" if unit == 1e6 else "kB (1 kB = 1000 bytes)"
     cost = _table(f"What a rank holds and sends, in {name}", "", "parameters", "gradients",
-                  "optimizer", "together", "peak in\na step", "sent per\nstep")
+                  "optimizer", "total", "peak in\na step", "sent per\nstep")
     for row in measured:
         sent, counted = row["sent_bytes_per_step"], row["counted_by_kernel"]
         about = "?" if counted is None else f"≈ {counted / unit:,.1f}"
-        cost.add_row(row["system"], *held(row["resident_bytes"], unit),
+        whole = row["together_bytes"] if row["kind"] == "user" else None
+        cost.add_row(row["system"], *held(row["resident_bytes"], unit, whole),
                      f"{row['peak_bytes'] / unit:,.1f}",
                      about if sent is None else f"{sent / unit:,.1f}")
         if row["formula_bytes"] is not None:
@@ -314,9 +327,10 @@ def _print(report, console):
                          "" if sent is None else f"{sent / unit:,.1f}", style="dim")
         cost.add_section()
     console.print(cost)
-    console.print("Together: between two steps. Peak: all tensors of a step, also activations and "
-                  "full units. Sent, by\nformula: 2Ψ·(N-1)/N at stages 0 to 2, 3Ψ·(N-1)/N at "
-                  "stage 3, with padded units. ≈: by the kernel's count.\n")
+    console.print("Total: after backward, before the optimizer's step. Peak: all tensors of a "
+                  "step, activations and\nfull units included. Sent, by formula: 2Ψ·(N-1)/N at "
+                  "stages 0 to 2, 3Ψ·(N-1)/N at stage 3, with\npadded units. ≈: by the kernel's "
+                  "count.\n")
     for row in rows:
         if row["failed"] is not None:
             console.print(f"{row['system']} failed: {row['failed']}\n", soft_wrap=True)
@@ -327,14 +341,31 @@ def _print(report, console):
         console.print(sentence)
 
 
+def _about_differences(rows):
+    others = [row for row in rows if row["failed"] is None and row["kind"] != "ours"
+              and row["float64_difference"] is not None]
+    same = [row["system"] for row in others if row["float64_difference"] < CLOSE
+            and row["difference"]]
+    if same:
+        yield (f"{' and '.join(same)} sum in another order, which rounds otherwise; the optimizer "
+               "turns that into a difference of weights, and it grows from step to step. In "
+               "float64, rounding errors are about a billion times smaller, and so are these "
+               "differences: it is the same computation.")
+    for row in others:
+        if row["float64_difference"] >= CLOSE:
+            yield (f"{row['system']} differs in float64, too: that is not rounding, but another "
+                   "computation.")
+
+
 def _difference(value):
     return "?" if value is None else "same bits" if value == 0 else f"{value:.1e}"
 
 
-def held(states: Mapping[str, float], unit: float) -> list[str]:
-    """Cells of the table: parameters, gradients, optimizer states, and all together."""
+def held(states: Mapping[str, float], unit: float, total: float | None = None) -> list[str]:
+    """Cells of the table: parameters, gradients, optimizer states, and their sum or `total`."""
     values = [states[kind] for kind in ("parameters", "gradients", "optimizer")]
-    return [f"{value / unit:,.1f}" for value in (*values, sum(values))]
+    return [f"{value / unit:,.1f}" for value in (
+        *values, sum(values) if total is None else total)]
 
 
 def _table(title, *headings):
@@ -347,61 +378,72 @@ def _table(title, *headings):
 def what_to_look_at(report: Mapping[str, Any]) -> list[str]:
     """Sentences about the numbers: what the stages save, what fills the peak, what would help."""
     rows = {row["system"]: row for row in report["systems"] if row["failed"] is None}
-    stages = [row for name, row in rows.items() if name.startswith("stage ") and name[6:].isdigit()]
+    stages = [row for row in rows.values() if row["kind"] == "ours"]
     if "DDP" not in rows or not stages:
         return []
     first, last = rows["DDP"], stages[-1]
     states, peak = sum(last["resident_bytes"].values()), last["peak_bytes"]
     least, sent = stages[0]["sent_bytes_per_step"], last["sent_bytes_per_step"]
     found = [f"What to look at: the peak in a step. It is {bytes_text(first['peak_bytes'])} with "
-             f"DDP and {bytes_text(peak)} at {last['system']}, which sends {bytes_text(sent)} per "
-             "step" + (", as much as stage 0." if sent == least else
-                       f" instead of {bytes_text(least)}.")]
-    largest = report["largest_unit"]
-    unit_bytes = largest["numel"] * report["itemsize"]
-    root_bytes = report["root_numel"] * report["itemsize"]
-    activations = (stages[0]["peak_bytes"] - sum(stages[0]["resident_bytes"].values())
-                   if stages[0]["system"] == "stage 0" else 0)
+             f"DDP and {bytes_text(peak)} at {last['system']}"
+             + ("." if len(stages) == 1 else f", which sends {bytes_text(sent)} per step"
+                + (", as much as stage 0." if sent == least else
+                   f" instead of {bytes_text(least)}."))]
+    lowest = min(stages, key=lambda row: row["peak_bytes"])
+    if lowest is not last:
+        found.append(f"The lowest peak is that of {lowest['system']}, "
+                     f"{bytes_text(lowest['peak_bytes'])}: what {last['system']} keeps less, it "
+                     "gathers within the step.")
     if last["system"] != "stage 3":
         return found
-    if 2 * unit_bytes > (peak - states) / 2 and largest["numel"] > report["numel"] / 10:
-        child = largest["largest_child"] * report["itemsize"]
-        advice = ("it is a single layer, and cannot be cut into smaller units" if not child else
-                  f"with what is inside it as units they would be at most {bytes_text(child)}")
-        found.append(f"The largest unit, {largest['name']!r} ({largest['kind']}), has "
-                     f"{largest['numel'] / report['numel']:.0%} of the parameters: while it "
-                     f"computes, {bytes_text(unit_bytes)} of parameters and as much of gradients "
-                     f"are there in full; {advice}.")
-    if root_bytes > max(states / 2, unit_bytes) and report["root_numel"] < report["numel"]:
-        found.append(f"The root's own parameters, {bytes_text(root_bytes)}, are there in full from "
-                     "the beginning of a step to its end: name their modules in `units`.")
-    elif report["root_numel"] == report["numel"]:
+    largest, in_root = report["largest_unit"], report["root_numel"]
+    unit_bytes, root_bytes, inside = (numel * report["itemsize"] for numel in (
+        largest["numel"], in_root, largest["largest_child"]))
+    if in_root == report["numel"]:
         found.append("All parameters belong to the root, so stage 3 gathers the whole model at "
                      "once: name the modules that are to be units in `units`.")
+    elif root_bytes > states / 2:
+        found.append(f"The root's own parameters, {bytes_text(root_bytes)}, are there in full from "
+                     "the beginning of a step to its end"
+                     + (". A tied parameter has to belong to a unit that contains all the places "
+                        "where it is used." if largest["tied"] else
+                        f": as a unit, they would be there only while they compute, and "
+                        f"{bytes_text(root_bytes / report['world_size'])} of them otherwise."))
+    elif 2 * unit_bytes > (peak - states) / 2 and largest["numel"] > report["numel"] / 10:
+        found.append(f"The largest unit, {largest['name']!r} ({largest['kind']}), has "
+                     f"{largest['numel'] / report['numel']:.0%} of the parameters. While it "
+                     f"computes, its {bytes_text(unit_bytes)} of parameters and as many bytes of "
+                     "gradients are held in full; "
+                     + (f"if its children were units, the largest would have {bytes_text(inside)}."
+                        if 0 < inside < unit_bytes else "it is one layer, so it cannot be split."))
+    activations = stages[0]["peak_bytes"] - sum(stages[0]["resident_bytes"].values())
     if activations > states:
-        found.append(f"Activations and what is computed beside them, about "
-                     f"{bytes_text(activations)} (stage 0's peak without its states), are more "
-                     f"than the states at {last['system']}, {bytes_text(states)}, and no stage "
-                     "cuts them: take fewer samples per rank, or activation checkpointing.")
+        found.append(f"Activations and other temporary tensors take about "
+                     f"{bytes_text(activations)} at every stage, more than the "
+                     f"{bytes_text(states)} of states at stage 3. Half the samples per rank would "
+                     f"take about {bytes_text(activations / 2)}; activation checkpointing takes "
+                     "less, too.")
     return found
 
 
 def verdict(report: Mapping[str, Any]) -> list[str]:
     """Which promises hold, in sentences."""
     failed = report["failed_promises"]
-    count = sum(len(row["promises"]) for row in report["systems"])
+    promises = [promise for row in report["systems"] for promise in row["promises"]]
     found = []
     if not report["deterministic"]:
-        found.append(f"{report['task']} is not deterministic: two equal runs of its first step "
-                     "gave different gradients,\nso the bits of the stages could not be compared.")
+        found.append("This model is not deterministic: two equal runs of its first step gave "
+                     "different gradients,\nso weights could not be compared.")
     if not report["once"]:
         found.append("Some units are frozen, or used more or less than once in a step, so bytes "
-                     "sent have no simple formula.")
+                     "sent have no simple\nformula.")
+    if report["unused"]:
+        found.append(f"{len(report['unused'])} parameters got no gradient, {report['unused'][0]!r} "
+                     "for one.")
     if failed:
-        found.append(f"{len(failed)} of {count} promises do NOT hold:")
+        found.append(f"{len(failed)} of {len(promises)} promises do NOT hold:")
         found += [f"  {promise}" for promise in failed]
-    else:
-        found.append(f"All {count} promises hold: the weights are those of stage 0, bit for bit, "
-                     "and equal to DDP's in float64;\nbytes held and sent are those of the "
-                     "formula, on every rank.")
+    elif promises:
+        found.append(f"All {len(promises)} promises hold, at each stage:")
+        found += [f"  {promise}" for promise in dict.fromkeys(promises)]
     return found

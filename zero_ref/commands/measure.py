@@ -49,20 +49,17 @@ class Settings:
 @dataclass
 class System:
     """name: its row's. stage: the ZeRO stage whose formula it is to keep to, None for FSDP2 and
-    for a user's own. wrap(net, task, settings) -> the model."""
+    for a user's own. wrap(net, task, settings) -> the model. kind: "ours", "torch" or "user"."""
 
     name: str
     wrap: Callable[[nn.Module, Task, Settings], nn.Module]
     stage: int | None = None
-
-    @property
-    def ours(self) -> bool:
-        return self.name.startswith("stage ")
+    kind: str = "torch"
 
 
 def stage(number: int) -> System:
     return System(f"stage {number}", lambda net, task, settings: wrap(
-        net, number, units=task.units, mixed_precision=settings.mixed_precision), number)
+        net, number, units=task.units, mixed_precision=settings.mixed_precision), number, "ours")
 
 
 DDP = System("DDP", lambda net, task, settings: systems.ddp(net, settings.find_unused), 0)
@@ -71,7 +68,8 @@ FSDP2 = System("FSDP2", lambda net, task, settings: systems.fsdp2(
 
 
 def users(name: str, wrap_like: systems.WrapLike, number: int) -> System:
-    return System(f"{name}, stage {number}", lambda net, task, settings: wrap_like(net, number))
+    return System(f"{name}, stage {number}", lambda net, task, settings: wrap_like(net, number),
+                  kind="user")
 
 
 # ---- before anything is trained ------------------------------------------------------------------
@@ -86,50 +84,74 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
     if dist.get_rank() != 0:
         return None
     task, world_size = make_task(), dist.get_world_size()
-    for rank in range(world_size):
-        _call(f"batch(0, {rank}) of {task.name}", task.batch, 0, rank)
-    batches = [task.batch_on(device, 0, rank) for rank in range(world_size)]
+    batches, again = ([_batch(task, settings, device, rank) for rank in range(world_size)]
+                      for _ in range(2))
+    if [*map(_fingerprint, batches)] != [*map(_fingerprint, again)]:
+        raise ValueError(f"batch(0, rank) of {task.name} gives other data when it is called again, "
+                         "so the systems would not see the same: seed it, for instance with "
+                         "torch.Generator().manual_seed(1000 * step + rank)")
     if world_size > 1 and len(set(map(_fingerprint, batches))) == 1:
         raise ValueError(f"batch(0, rank) of {task.name} gives every rank the same data, so that "
                          f"{world_size} ranks would compute what one does: choose the samples by "
                          "rank")
     net, calls, gradients = _first_step(task, settings, device, batches[0])
-    again = _first_step(task, settings, device, batches[0])[2]
+    net_again, _, gradients_again = _first_step(task, settings, device, batches[0])
+    if net_again is net:
+        raise ValueError(f"build() of {task.name} returns the same module each time, which then "
+                         "several systems would train: build a new one in it")
     missing, called = [_without(gradients)], [set(calls)]  # for each rank
     for batch in batches[1:]:
         _, calls_there, gradients_there = _first_step(task, settings, device, batch)
         missing.append(_without(gradients_there))
         called.append(set(calls_there))
 
-    units = lay_out(net, task.units, own_precision, 0, world_size)
+    mixed = settings.mixed_precision
+    units = lay_out(net, task.units, own_precision if mixed is None else mixed.of, 0, world_size)
+    optimizer = _call(f"optimizer(params) of {task.name}", task.optimizer, [*net.parameters()])
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer(params) of {task.name} returned a {type(optimizer).__name__}: "
+                         "it has to return a torch.optim.Optimizer")
     names = {module: name for name, module in net.named_modules()}
     inner = [names[unit.module] for unit in units if unit.module is not net]
     largest = max(units, key=lambda unit: unit.numel)
-    children = [sum(p.numel() for p in child.parameters()) for child in largest.module.children()]
+    inside = [sum(p.numel() for p in child.parameters() if any(p is own for own in largest.params))
+              for child in largest.module.children()]
     return {
         "task": task.name, "numel": sum(unit.numel for unit in units),
-        "device": describe(device), "metric": task.metric,
+        "device": describe(device), "optimizer": type(optimizer).__name__,
+        "metric": task.metric if task.evaluate is not None else None,
+        "mixed_precision": mixed is not None,
         "unused": sorted(set.intersection(*missing)),
         "used_on_some_ranks": sorted(set.union(*missing) - set.intersection(*missing)),
         "run_on_some_ranks": sorted({*inner} & set.union(*called) - set.intersection(*called)),
-        "deterministic": all(_same(again[name], gradients[name]) for name in gradients),
+        "deterministic": all(
+            _same(gradients_again[name], gradients[name]) for name in gradients),
         "once": all(calls[name] == 1 for name in inner)
         and not any(unit.frozen for unit in units),
         "largest_unit": {"name": largest.name, "kind": type(largest.module).__name__,
-                         "numel": largest.numel, "largest_child": max(children, default=0)},
+                         "numel": largest.numel, "largest_child": max(inside, default=0),
+                         "tied": any(len(places) > 1 for places in largest.slots)},
         "root_numel": sum(unit.numel for unit in units if unit.module is net),
         "itemsize": max(unit.dtype.itemsize for unit in units),
     }
 
 
+def _batch(task, settings, device, rank):
+    seed_everything(settings.seed + 1 + rank)
+    _call(f"batch(0, {rank}) of {task.name}", task.batch, 0, rank)
+    seed_everything(settings.seed + 1 + rank)
+    return task.batch_on(device, 0, rank)
+
+
 def _first_step(task, settings, device, batch):
     """A new module, how often each part of it was called, and its gradients, by name."""
-    net, calls = _build(task, settings).to(device), Counter()
+    net, calls = _build(task, settings).to(device), Counter()  # how often each part was called
     for name, module in net.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
     lay_out(net, task.units, own_precision, 0, 1)  # raises what zero_ref.wrap would
     seed_everything(settings.seed)
-    _loss(task, net, batch).backward()
+    loss = _loss(task, net, batch)
+    _call(f"backward of {task.name}", loss.backward)
     return net, calls, {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
 
 
@@ -152,6 +174,9 @@ def _call(what, fn, *args):
 def _build(task, settings):
     seed_everything(settings.seed)
     net = _call(f"build() of {task.name}", task.build)
+    if isinstance(net, nn.Module) and any(p.is_meta for p in net.parameters()):
+        raise ValueError(f"build() of {task.name} returned a module on the meta device, which DDP "
+                         "cannot train: build it on a real one")
     if not isinstance(net, nn.Module):
         raise ValueError(f"build() of {task.name} returned a {type(net).__name__}: it has to "
                          "return a torch.nn.Module")
@@ -161,11 +186,14 @@ def _build(task, settings):
 def _loss(task, net, batch):
     loss = _call(f"loss(model, batch) of {task.name}", task.loss, net, batch)
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = (f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor)
-                and loss.numel() != 1 else "a value without a graph" if isinstance(loss, Tensor)
-                else f"a {type(loss).__name__}")
+        what = f"a {type(loss).__name__}"
+        if isinstance(loss, Tensor):
+            what = ("a tensor that needs no gradient" if loss.numel() == 1 else
+                    f"a tensor of shape {tuple(loss.shape)}")
         raise ValueError(f"loss(model, batch) of {task.name} returned {what}: it has to return a "
                          "scalar tensor that comes from the model, such as a mean over the batch")
+    if loss.isnan():
+        raise ValueError(f"loss(model, batch) of {task.name} is NaN at the first step")
     return loss
 
 
@@ -180,6 +208,7 @@ def _same(a, b):
     """Bit for bit, also where both are NaN or None."""
     if a is None or b is None:
         return a is b
+    a, b = (t.to_dense() if t.layout != torch.strided else t for t in (a, b))
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
         a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
@@ -220,19 +249,23 @@ def count_bytes(make_task: Callable[[], Task], system: System, settings: Setting
     found["peak"] = at_rest() + _ddp_buckets(run.model) + most_bytes(run.device,
                                                                      lambda: run.step(2))
     run.step(3, look)
-    dist.barrier()
-    sent_before = loopback_bytes()
+    counts = []
     for number in range(4, 4 + COUNTED):
+        dist.barrier()
+        sent_before = loopback_bytes()
         with trace() as sent:
             run.step(number)
-    dist.barrier()
-    sent_after, found["counted"] = loopback_bytes(), None
-    if sent_before is not None and sent_after is not None:
-        found["counted"] = (sent_after - sent_before) / COUNTED / dist.get_world_size()
+        dist.barrier()
+        sent_after = loopback_bytes()
+        if sent_before is not None and sent_after is not None:
+            counts.append((sent_after - sent_before) / dist.get_world_size())
+    found["counted"] = min(counts, default=None)  # others may send something, too
     found["sent"] = sum(event.wire_bytes for event in sent.events if event.unit != "buffers")
     found["state_dtypes"] = _state_dtypes(run.optimizer)
-    found["optimizer"] = type(run.optimizer).__name__
-    if system.ours:
+    if system.kind == "ours":
+        used = [p for name, p in run.model.named_parameters() if name not in settings.unused]
+        has_states = [bool(run.optimizer.state.get(p)) for p in used if p.numel()]
+        found["all_have_states"] = all(has_states) or not any(has_states)
         found["units"] = [UnitFacts(
             u.sizes, u.frozen, u.dtype, u.grad_dtype, u.master.dtype,
             frozenset(i for i, name in enumerate(u.names) if name in settings.unused))
@@ -258,12 +291,12 @@ class _Run:
         net = task.build().to(self.device, dtype)
         self.names = [name for name, _ in net.named_parameters()]
         self.model = system.wrap(net, task, settings)
-        self.optimizer = task.optimizer(self.model.parameters())
+        self.optimizer = task.optimizer([*self.model.parameters()])
 
     def step(self, number: int, before_update: Callable[[], Any] = lambda: None) -> float:
         """Returns the loss. before_update: called when backward is through."""
-        batch = self.task.batch_on(self.device, number, self.rank, self.dtype)
         seed_everything(self.settings.seed + 1 + number * dist.get_world_size() + self.rank)
+        batch = self.task.batch_on(self.device, number, self.rank, self.dtype)
         self.start = time.perf_counter()
         loss = self.task.loss(self.model, batch)
         loss.backward()
@@ -282,7 +315,7 @@ class _Run:
                 show(f"{self.system.name}  loss {losses[-1]:.4f}")
                 if number in (0, steps - 1):
                     differences[number + 1] = self.compare_weights(number + 1)
-        held_out = losses[-1]
+        held_out = None
         if self.task.evaluate is not None and self.dtype is None:
             held_out = self.task.evaluate(self.model, self.device)
         return {"loss": losses[-1], "held_out": held_out,
@@ -292,15 +325,20 @@ class _Run:
     def compare_weights(self, step: int) -> float | None:
         """The largest difference from stage 0's weights after that step, or None."""
         state = systems.full_state(self.model)
-        digest = hashlib.sha256()
-        for name in self.names:  # buffers of the ranks may differ
-            if name in state:
-                digest.update(state[name].contiguous().view(-1).view(torch.uint8).numpy())
-        self.weights = {"digest": digest.hexdigest()}
+        # A user's system may be DDP inside. Buffers are left out, which differ between the ranks.
+        state = {name if name in self.names else name.removeprefix("module."): value
+                 for name, value in state.items()}
+        state = {name: state[name] for name in self.names if name in state}
+        self.weights: dict[str, str | None] = {"digest": None}
+        if len(state) == len(self.names):
+            digest = hashlib.sha256()
+            for value in state.values():
+                digest.update(value.contiguous().view(-1).view(torch.uint8).numpy())
+            self.weights = {"digest": digest.hexdigest()}
         file = self.settings.folder / f"{'fp64' if self.dtype else 'own'}-{step}.pt"
         if self.rank == 0 and self.system.name == "stage 0":
             torch.save(state, file)
-        if self.rank != 0:
+        if self.rank != 0 or not file.exists():
             return None
         reference = torch.load(file, mmap=True)
         if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in reference.items()}:

@@ -1,5 +1,6 @@
 """What trains a module in data parallel: torch's DDP and FSDP2, the stages, a user's own."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -29,6 +30,8 @@ def fsdp2(net: nn.Module, units: Any = None, mixed_precision: MixedPrecision | N
     if mixed_precision is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=mixed_precision.param_dtype,
                                                     reduce_dtype=mixed_precision.reduce_dtype)
+    # Of a unit that returns a view, which is nothing unusual.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     kind = next(net.parameters()).device.type
     options["mesh"] = init_device_mesh(kind, (dist.get_world_size(),))
     for unit in reversed(find_units(net, units).values()):  # what is inside of another comes first
@@ -43,5 +46,5 @@ def full_state(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, value in net.state_dict().items():
         if isinstance(value, torch.Tensor):
             value = value.full_tensor() if hasattr(value, "full_tensor") else value
-            state[name.removeprefix("module.")] = value.detach().cpu()
+            state[name] = value.detach().cpu()
     return state

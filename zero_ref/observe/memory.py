@@ -9,6 +9,7 @@ from torch import nn
 if TYPE_CHECKING:
     from ..engine.precision import MixedPrecision
 
+from ..engine.shell import Shell
 from ..partition import Layout
 
 
@@ -70,7 +71,7 @@ def resident(model: nn.Module,
     tensor (its step count, say) and not per element is left out, as are buffers and activations.
     With mixed precision the master copy counts as an optimizer state.
     """
-    units = getattr(model, "units", [])
+    units = getattr(model, "units", []) if isinstance(model, Shell) else []
     masters = [unit.master for unit in units if unit.mixed]
     params = [] if units else list(model.parameters())
     grads = [p.grad for p in model.parameters()]

@@ -86,21 +86,20 @@ def load_function(name: str) -> Callable:
 
 def _module_of(name: str) -> ModuleType:
     path = Path(name)
+    if path.suffix == ".py" and not path.is_file():
+        raise ValueError(f"there is no file {name}")
+    if path.suffix != ".py" and "/" in name:
+        raise ValueError(f"{name}: give a file that ends with .py, a module such as "
+                         "my_package.my_module, or a config.json or its folder")
     try:
         if path.suffix == ".py":
-            if not path.is_file():
-                raise ValueError(f"there is no file {name}")
             return _from_file(path.resolve())
-        if "/" in name:
-            raise ValueError(f"{name}: give a file that ends with .py, a module such as "
-                             "my_package.my_module, or a config.json or its folder")
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
             sys.path.insert(0, str(Path.cwd()))
         return importlib.import_module(name)
-    except ValueError:
-        raise
     except Exception as error:
-        what = f"there is no module {name}" if _is_missing(error, name) else (
+        known = f"there is no module {name}, and no model of that name: {', '.join(NAMED)}"
+        what = known if _is_missing(error, name) else (
             f"{name} cannot be imported: {type(error).__name__}: {error}")
         raise ValueError(what) from error
 

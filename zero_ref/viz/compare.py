@@ -15,6 +15,8 @@ def draw(report: Mapping[str, Any]) -> Figure:
     it sends per step.
     """
     rows = [row for row in report["systems"] if row["failed"] is None]
+    if not rows:
+        raise ValueError("there is nothing to draw: every system failed")
     names = [row["system"] for row in rows]
     figure = Figure(figsize=(10, 1.9 + 0.45 * len(rows)), layout="constrained", dpi=150)
     held, sent = figure.subplots(1, 2, width_ratios=[3, 1.3], sharey=True)
@@ -25,16 +27,23 @@ def draw(report: Mapping[str, Any]) -> Figure:
         held.barh(names, width, left=left, color=colour, height=0.62,
                   label={"optimizer": "optimizer states"}.get(kind, kind))
         left = [a + b for a, b in zip(left, width)]
+    others = [max(0.0, row["together_bytes"] - states) if row["kind"] == "user" else 0.0
+              for row, states in zip(rows, left)]
+    if any(others):
+        held.barh(names, others, left=left, color=PADDING, height=0.62, label="other tensors")
+        left = [a + b for a, b in zip(left, others)]
     rest = [max(0, row["peak_bytes"] - states) for row, states in zip(rows, left)]
     held.barh(names, rest, left=left, color="none", edgecolor=PADDING, hatch="////", linewidth=0.8,
               height=0.62, label="beyond that at the peak: activations, buckets, full units")
     for y, row in enumerate(rows):
         held.annotate(bytes_text(row["peak_bytes"]), (max(row["peak_bytes"], left[y]), y),
                       xytext=(6, 0), textcoords="offset points", va="center", color=INK)
-        held.annotate(bytes_text(left[y]), (left[y], y), xytext=(-6, 0), va="center", ha="right",
-                      textcoords="offset points", color="white", weight="bold", fontsize=9)
+        if left[y] > 0.12 * max(row["peak_bytes"] for row in rows):  # or it has no place
+            held.annotate(bytes_text(left[y]), (left[y], y), xytext=(-6, 0), va="center",
+                          ha="right", textcoords="offset points", color="white", weight="bold",
+                          fontsize=9)
     held.set_xlim(0, max(row["peak_bytes"] for row in rows) * 1.14)
-    held.set_title("What a rank holds: between two steps, and at the peak of one", loc="left",
+    held.set_title("What a rank holds: after backward, and at the peak of a step", loc="left",
                    fontsize=11)
     held.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4, fontsize=9,
                 columnspacing=1.2, handlelength=1.4)
@@ -43,8 +52,9 @@ def draw(report: Mapping[str, Any]) -> Figure:
     bytes_sent = [row["sent_bytes_per_step"] or row["counted_by_kernel"] or 0 for row in rows]
     sent.barh(names, bytes_sent, color=COMMUNICATION, height=0.62)
     for y, total in enumerate(bytes_sent):
-        about = "" if rows[y]["sent_bytes_per_step"] else "≈ "
-        sent.annotate(about + bytes_text(total), (total, y), xytext=(6, 0), va="center",
+        known = rows[y]["sent_bytes_per_step"] is not None
+        text = bytes_text(total) if known else f"≈ {bytes_text(total)}" if total else "?"
+        sent.annotate(text, (total, y), xytext=(6, 0), va="center",
                       textcoords="offset points", color=INK)
     sent.set_xlim(0, max([*bytes_sent, 1]) * 1.5)
     sent.set_title("What it sends per step", loc="left", fontsize=11)
