@@ -45,8 +45,8 @@ def compare(build: Callable[[], nn.Module], batch: Callable[[int, int], Any],
     a function like `zero_ref.wrap`: wrap_like(module, stage) returns the model.
 
     Returns a Report: a dict that shows itself, as text or in a notebook with its picture. Raises
-    ValueError for what cannot be trained. Under torchrun it is called on every rank, and compares
-    on the ranks that are there.
+    ValueError for what cannot be trained. Under torchrun, after zero_ref.init(), it is called on
+    every rank, and compares on the ranks that are there.
     """
     def make_task():
         return Task("this model", build, batch, loss, optimizer, units)
