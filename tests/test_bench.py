@@ -50,9 +50,10 @@ def test_bytes_sent_are_counted(report):
     if report["parts"][0]["systems"][0]["sent_psi"] is None:
         pytest.skip("the kernel does not count what goes over the loopback device")
     sent = {row["system"]: row["sent_psi"] for row in report["parts"][0]["systems"]}
+    if sent["floor"] >= 0.02:  # which sends nothing
+        pytest.skip("other processes are using the loopback device")
     for stage, psi in [(0, 2), (1, 2), (2, 2), (3, 3), ("3, no reshard", 2)]:
-        # TCP's headers on top, and whatever else goes over the loopback device.
-        assert psi / 2 <= sent[f"stage {stage}"]
+        assert sent[f"stage {stage}"] == pytest.approx(psi / 2, rel=0.02)  # TCP's headers on top
 
 
 def test_the_table_and_what_is_in_it(report, capsys):

@@ -51,8 +51,8 @@ def test_compare(task, tmp_path, capsys):
     assert held == sorted(held, reverse=True) and len(set(held)) == 4
     for row in report["systems"]:
         if row["counted_by_kernel"] and row["formula_sent_bytes"]:
-            # The kernel counts headers too, and whatever else goes over the loopback device.
-            assert row["counted_by_kernel"] >= row["formula_sent_bytes"] - 1
+            # The kernel counts TCP's headers too.
+            assert 0 <= row["counted_by_kernel"] / row["formula_sent_bytes"] - 1 < 0.05
 
 
 def test_compare_with_a_number_of_ranks_alone(tmp_path):

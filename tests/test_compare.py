@@ -14,7 +14,7 @@ from torch import nn
 import zero_ref
 from zero_ref.commands import compare as compare_module
 from zero_ref.commands.cli import main
-from zero_ref.commands.compare import what_to_look_at
+from zero_ref.commands.report import what_to_look_at
 from zero_ref.tasks import configs, files
 
 STAGES = ["stage 0", "stage 1", "stage 2", "stage 3"]

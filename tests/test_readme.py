@@ -11,6 +11,7 @@ import torch
 
 import zero_ref
 from zero_ref.commands import bench, compare
+from zero_ref.commands import report as shown
 from zero_ref.engine import optimizers as optim
 from zero_ref.tasks import data
 
@@ -27,7 +28,7 @@ def test_the_table_is_what_compare_prints():
     for system in report["systems"]:
         for name, kind in ((system["system"], "resident_bytes"), ("formula", "formula_bytes")):
             if system[kind] is not None:
-                held = compare.held(system[kind], 1e6)
+                held = shown.held(system[kind], 1e6)
                 assert any(row[0] == name and row[1:5] == held for row in rows), (name, held)
         if system["formula_sent_bytes"] is not None:
             sent = f"{system['formula_sent_bytes'] / 1e6:,.1f}"

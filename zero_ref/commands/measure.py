@@ -4,14 +4,11 @@ import gc
 import hashlib
 import os
 import time
-import traceback
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -19,14 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from .. import MixedPrecision, wrap
-from ..engine.precision import own_precision
-from ..engine.tree import tensors_in
 from ..observe import memory
 from ..observe.trace import loopback_bytes, trace
-from ..partition import lay_out
 from ..tasks.task import Task, seed_everything
 from . import systems
-from .train import describe, prepare_device, progress
+from .train import prepare_device, progress
 
 COUNTED = 3  # steps in which bytes are counted
 
@@ -70,150 +64,6 @@ FSDP2 = System("FSDP2", lambda net, task, settings: systems.fsdp2(
 def users(name: str, wrap_like: systems.WrapLike, number: int) -> System:
     return System(f"{name}, stage {number}", lambda net, task, settings: wrap_like(net, number),
                   kind="user")
-
-
-# ---- before anything is trained ------------------------------------------------------------------
-
-
-def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] | None:
-    """On rank 0, without any system: whether the task is what it has to be, and what it is like.
-
-    Raises ValueError in one sentence if it cannot be trained.
-    """
-    device = prepare_device(settings.device)
-    if dist.get_rank() != 0:
-        return None
-    task, world_size = make_task(), dist.get_world_size()
-    batches, again = ([_batch(task, settings, device, rank) for rank in range(world_size)]
-                      for _ in range(2))
-    if [*map(_fingerprint, batches)] != [*map(_fingerprint, again)]:
-        raise ValueError(f"batch(0, rank) of {task.name} gives other data when it is called again, "
-                         "so the systems would not see the same: seed it, for instance with "
-                         "torch.Generator().manual_seed(1000 * step + rank)")
-    if world_size > 1 and len(set(map(_fingerprint, batches))) == 1:
-        raise ValueError(f"batch(0, rank) of {task.name} gives every rank the same data, so that "
-                         f"{world_size} ranks would compute what one does: choose the samples by "
-                         "rank")
-    net, calls, gradients = _first_step(task, settings, device, batches[0])
-    net_again, _, gradients_again = _first_step(task, settings, device, batches[0])
-    if net_again is net:
-        raise ValueError(f"build() of {task.name} returns the same module each time, which then "
-                         "several systems would train: build a new one in it")
-    missing, called = [_without(gradients)], [set(calls)]  # for each rank
-    for batch in batches[1:]:
-        _, calls_there, gradients_there = _first_step(task, settings, device, batch)
-        missing.append(_without(gradients_there))
-        called.append(set(calls_there))
-
-    mixed = settings.mixed_precision
-    units = lay_out(net, task.units, own_precision if mixed is None else mixed.of, 0, world_size)
-    optimizer = _call(f"optimizer(params) of {task.name}", task.optimizer, [*net.parameters()])
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"optimizer(params) of {task.name} returned a {type(optimizer).__name__}: "
-                         "it has to return a torch.optim.Optimizer")
-    names = {module: name for name, module in net.named_modules()}
-    inner = [names[unit.module] for unit in units if unit.module is not net]
-    largest = max(units, key=lambda unit: unit.numel)
-    inside = [sum(p.numel() for p in child.parameters() if any(p is own for own in largest.params))
-              for child in largest.module.children()]
-    return {
-        "task": task.name, "numel": sum(unit.numel for unit in units),
-        "device": describe(device), "optimizer": type(optimizer).__name__,
-        "metric": task.metric if task.evaluate is not None else None,
-        "mixed_precision": mixed is not None,
-        "unused": sorted(set.intersection(*missing)),
-        "used_on_some_ranks": sorted(set.union(*missing) - set.intersection(*missing)),
-        "run_on_some_ranks": sorted({*inner} & set.union(*called) - set.intersection(*called)),
-        "deterministic": all(
-            _same(gradients_again[name], gradients[name]) for name in gradients),
-        "once": all(calls[name] == 1 for name in inner)
-        and not any(unit.frozen for unit in units),
-        "largest_unit": {"name": largest.name, "kind": type(largest.module).__name__,
-                         "numel": largest.numel, "largest_child": max(inside, default=0),
-                         "tied": any(len(places) > 1 for places in largest.slots)},
-        "root_numel": sum(unit.numel for unit in units if unit.module is net),
-        "itemsize": max(unit.dtype.itemsize for unit in units),
-    }
-
-
-def _batch(task, settings, device, rank):
-    seed_everything(settings.seed + 1 + rank)
-    _call(f"batch(0, {rank}) of {task.name}", task.batch, 0, rank)
-    seed_everything(settings.seed + 1 + rank)
-    return task.batch_on(device, 0, rank)
-
-
-def _first_step(task, settings, device, batch):
-    """A new module, how often each part of it was called, and its gradients, by name."""
-    net, calls = _build(task, settings).to(device), Counter()  # how often each part was called
-    for name, module in net.named_modules():
-        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    lay_out(net, task.units, own_precision, 0, 1)  # raises what zero_ref.wrap would
-    seed_everything(settings.seed)
-    loss = _loss(task, net, batch)
-    _call(f"backward of {task.name}", loss.backward)
-    return net, calls, {name: p.grad for name, p in net.named_parameters() if p.requires_grad}
-
-
-def _without(gradients):
-    return {name for name, grad in gradients.items() if grad is None}
-
-
-def _call(what, fn, *args):
-    """fn(*args). A failure becomes a ValueError, which says where in the user's file it came up."""
-    try:
-        return fn(*args)
-    except Exception as error:
-        file = getattr(getattr(fn, "__func__", fn), "__code__", _call.__code__).co_filename
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == file]
-        where = f", at line {lines[-1]} of {Path(file).name}" if lines and file != __file__ else ""
-        raise ValueError(f"{what} failed with {type(error).__name__}{where}: {error}") from error
-
-
-def _build(task, settings):
-    seed_everything(settings.seed)
-    net = _call(f"build() of {task.name}", task.build)
-    if isinstance(net, nn.Module) and any(p.is_meta for p in net.parameters()):
-        raise ValueError(f"build() of {task.name} returned a module on the meta device, which DDP "
-                         "cannot train: build it on a real one")
-    if not isinstance(net, nn.Module):
-        raise ValueError(f"build() of {task.name} returned a {type(net).__name__}: it has to "
-                         "return a torch.nn.Module")
-    return net
-
-
-def _loss(task, net, batch):
-    loss = _call(f"loss(model, batch) of {task.name}", task.loss, net, batch)
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        what = f"a {type(loss).__name__}"
-        if isinstance(loss, Tensor):
-            what = ("a tensor that needs no gradient" if loss.numel() == 1 else
-                    f"a tensor of shape {tuple(loss.shape)}")
-        raise ValueError(f"loss(model, batch) of {task.name} returned {what}: it has to return a "
-                         "scalar tensor that comes from the model, such as a mean over the batch")
-    if loss.isnan():
-        raise ValueError(f"loss(model, batch) of {task.name} is NaN at the first step")
-    return loss
-
-
-def _fingerprint(batch):
-    tensors = [t.detach().cpu().contiguous() for t in tensors_in(batch)]
-    parts = [t.view(torch.uint8).numpy().tobytes() if t.dim() else str(t).encode()
-             for t in tensors] or [cloudpickle.dumps(batch)]
-    return hashlib.sha256(b"".join(parts)).hexdigest()
-
-
-def _same(a, b):
-    """Bit for bit, also where both are NaN or None."""
-    if a is None or b is None:
-        return a is b
-    a, b = (t.to_dense() if t.layout != torch.strided else t for t in (a, b))
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(
-        a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
-
-
-# ---- with a system -------------------------------------------------------------------------------
 
 
 def train(make_task: Callable[[], Task], system: System, settings: Settings,
@@ -306,19 +156,19 @@ class _Run:
         return loss.item()  # on CUDA this waits for the step
 
     def train(self) -> dict[str, Any]:
-        steps, seconds, losses = self.settings.steps, [], []
+        steps, seconds = self.settings.steps, []
         differences = {}
         with progress(steps) as show:
             for number in range(steps):
-                losses.append(self.step(number))
+                loss = self.step(number)
                 seconds.append(time.perf_counter() - self.start)
-                show(f"{self.system.name}  loss {losses[-1]:.4f}")
+                show(f"{self.system.name}  loss {loss:.4f}")
                 if number in (0, steps - 1):
                     differences[number + 1] = self.compare_weights(number + 1)
         held_out = None
         if self.task.evaluate is not None and self.dtype is None:
             held_out = self.task.evaluate(self.model, self.device)
-        return {"loss": losses[-1], "held_out": held_out,
+        return {"loss": loss, "held_out": held_out,
                 "seconds": sorted(seconds[1:])[len(seconds[1:]) // 2], **self.weights,
                 "first_difference": differences[1], "difference": differences[steps]}
 

@@ -48,7 +48,8 @@ def _ratios(ax, part, names):
     ax.set_xlim(0.3, max(row["most"] for row in rows) * 1.15)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xlabel("time per step over DDP's (line); range over rounds")
-    ax.set_title(f"{_size(part['numel'])} parameters, {part['world_size']} ranks", loc="left")
+    ranks = f"{part['world_size']} rank{'s' * (part['world_size'] > 1)}"
+    ax.set_title(f"{_size(part['numel'])} parameters, {ranks}", loc="left")
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(axis="y", length=0)
 

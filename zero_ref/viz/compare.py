@@ -36,14 +36,11 @@ def draw(report: Mapping[str, Any]) -> Figure:
     held.barh(names, rest, left=left, color="none", edgecolor=PADDING, hatch="////", linewidth=0.8,
               height=0.62, label="beyond that at the peak: activations, buckets, full units")
     for y, row in enumerate(rows):
-        held.annotate(bytes_text(row["peak_bytes"]), (max(row["peak_bytes"], left[y]), y),
+        peak = row["peak_bytes"]
+        held.annotate(f"{bytes_text(left[y])} → {bytes_text(peak)}", (max(peak, left[y]), y),
                       xytext=(6, 0), textcoords="offset points", va="center", color=INK)
-        if left[y] > 0.12 * max(row["peak_bytes"] for row in rows):  # or it has no place
-            held.annotate(bytes_text(left[y]), (left[y], y), xytext=(-6, 0), va="center",
-                          ha="right", textcoords="offset points", color="white", weight="bold",
-                          fontsize=9)
-    held.set_xlim(0, max(row["peak_bytes"] for row in rows) * 1.14)
-    held.set_title("What a rank holds: after backward, and at the peak of a step", loc="left",
+    held.set_xlim(0, max(row["peak_bytes"] for row in rows) * 1.28)
+    held.set_title("What a rank holds: after backward → at the peak of a step", loc="left",
                    fontsize=11)
     held.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.04), ncols=4, fontsize=9,
                 columnspacing=1.2, handlelength=1.4)
