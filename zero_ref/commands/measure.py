@@ -23,6 +23,7 @@ from . import systems
 from .train import prepare_device, progress
 
 COUNTED = 3  # steps in which bytes are counted
+TIMED = 6  # steps in each further round of timing
 
 
 @dataclass
@@ -78,6 +79,15 @@ def measure(make_task: Callable[[], Task], system: System, settings: Settings) -
     return _Run(make_task(), system, settings).train() | count_bytes(make_task, system, settings)
 
 
+def time_steps(make_task: Callable[[], Task], system: System, settings: Settings) -> float:
+    """Seconds per step, the median of a few, with a model of its own."""
+    run, seconds = _Run(make_task(), system, settings), []
+    for number in range(TIMED):
+        run.step(number)
+        seconds.append(time.perf_counter() - run.start)
+    return _median(seconds)
+
+
 def count_bytes(make_task: Callable[[], Task], system: System, settings: Settings
                 ) -> dict[str, Any]:
     """What this rank holds between two steps and at the peak of one, and what it sends."""
@@ -121,6 +131,11 @@ def count_bytes(make_task: Callable[[], Task], system: System, settings: Setting
             frozenset(i for i, name in enumerate(u.names) if name in settings.unused))
             for u in run.model.units]
     return found
+
+
+def _median(seconds):
+    """Of all but the first step, which creates the optimizer states."""
+    return sorted(seconds[1:])[len(seconds[1:]) // 2]
 
 
 def _state_dtypes(optimizer):
@@ -169,7 +184,7 @@ class _Run:
         if self.task.evaluate is not None and self.dtype is None:
             held_out = self.task.evaluate(self.model, self.device)
         return {"loss": loss, "held_out": held_out,
-                "seconds": sorted(seconds[1:])[len(seconds[1:]) // 2], **self.weights,
+                "seconds": _median(seconds), **self.weights,
                 "first_difference": differences[1], "difference": differences[steps]}
 
     def compare_weights(self, step: int) -> float | None:
