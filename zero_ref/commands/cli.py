@@ -13,7 +13,7 @@ from ..tasks import data, files
 from ..tasks.task import OPTIMIZERS, Task
 from .train import backend_for
 
-PER_RANK = 24  # samples, by default
+PER_RANK = 40  # samples, by default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def _parser():
         command.add_argument("--world-size", type=int, metavar="N",
                              help="number of ranks to start (default: 4)")
         command.add_argument("--steps", type=int, metavar="K",
-                             help="default: 50, of a model of your own 20")
+                             help="default: 40, of a model of your own 20")
         command.add_argument("--batch-size", type=int, metavar="B",
                              help=f"of a task: samples per step, all ranks together (default: "
                                   f"{PER_RANK} for each rank)")
@@ -180,7 +180,7 @@ def _world_size(args):
 
 
 def _steps(args):
-    return args.steps if args.steps is not None else 20 if args.model else 50
+    return args.steps if args.steps is not None else 20 if args.model else 40
 
 
 def _make_task(args, world_size) -> Callable[[], Task]:
