@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import UserDict
 
 import pytest
 import torch
@@ -288,6 +289,7 @@ def raises(*_):
     ({"loss": lambda model, x: x.sum()}, "returned a tensor that needs no gradient"),
     ({"loss": lambda model, x: model(x).sum() * float("nan")}, "is NaN at the first step"),
     ({"batch": lambda step, rank: torch.randn(4, 6, generator=GENERATOR)}, "gives other data when"),
+    ({"batch": lambda step, rank: UserDict(x=batch(step, rank))}, "in which no tensors were found"),
     ({"build": lambda: ONE}, "returns the same module each time"),
     ({"optimizer": lambda params: None}, "returned a NoneType: it has to return a torch.optim"),
     ({"mixed_precision": torch.bfloat16}, "give a zero_ref.MixedPrecision"),
@@ -309,10 +311,46 @@ def test_a_model_that_is_not_deterministic_is_said_to_be_so():
 
     report = compare(lambda: nn.Sequential(Noisy(6, 6), nn.Linear(6, 6)), stages=(0, 1))
     assert not report["deterministic"] and "not deterministic" in str(report)
-    assert report["failed_promises"] == []
+    assert "differences of weights say nothing" in " ".join(str(report).split())
+    assert "float64, too" not in str(report) and report["failed_promises"] == []
 
 
-def test_a_report_in_which_every_system_failed():
+def by_shape(params):
+    params = list(params)
+    return torch.optim.AdamW([{"params": [p for p in params if p.ndim > 1], "weight_decay": 0.5},
+                              {"params": [p for p in params if p.ndim <= 1]}], lr=1e-3)
+
+
+def test_an_optimizer_that_sorts_by_shape_is_found_out():
+    report = compare(optimizer=by_shape, stages=(0, 2))
+    failed = {row["system"]: row["failed"] for row in report["systems"] if row["failed"]}
+    assert failed.keys() == {"stage 2"} and "do not sort by shape" in failed["stage 2"]
+
+
+class TwoDtypes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 6, dtype=torch.bfloat16)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x)).to(self.b.weight.dtype)).to(x.dtype)
+
+
+def test_parameters_of_two_dtypes():
+    assert compare(TwoDtypes, stages=(0, 1))["failed_promises"] == []
+
+
+def test_a_step_that_fails_everywhere_is_said_once():
+    def short(step, rank):
+        if step == 2:
+            raise IndexError("no more data")
+        return batch(step, rank)
+
+    with pytest.raises(ValueError, match="every system failed: IndexError: no more data"):
+        compare(batch=short, stages=(0,))
+
+
+def test_a_report_in_which_the_stages_failed():
     def loss(model, x):
         assert isinstance(model, nn.Sequential), "[/only the bare module]"
         return model(x).sum()
@@ -403,8 +441,9 @@ def sentences(largest, root, child, peaks, numel=1000, states=4000):
             row("stage 3", states, peaks[1], 9000)]
     return " ".join(what_to_look_at({
         "systems": rows, "numel": numel, "itemsize": 4, "root_numel": root, "world_size": 4,
+        "unit_count": 5,
         "largest_unit": {"name": "layer", "kind": "Linear", "numel": largest,
-                         "largest_child": child, "tied": False}}))
+                         "largest_child": child, "tied": False, "frozen": False}}))
 
 
 def test_what_dominates_is_said_with_its_number():
@@ -414,6 +453,10 @@ def test_what_dominates_is_said_with_its_number():
     assert "'layer' (Linear), has 90% of the parameters" in large and "would have 1,200 B" in large
     assert "cannot be split" in sentences(900, 0, 0, (17000, 12000))
     assert "The root's own parameters, 3,200 B" in sentences(100, 800, 0, (17000, 9000))
-    assert "All parameters belong to the root" in sentences(1000, 1000, 0, (17000, 9000))
-    assert "about 14.0 kB" in sentences(100, 0, 0, (30000, 18000))
+    root = sentences(1000, 1000, 400, (17000, 9000))
+    assert "gathers 4,000 B of them at once" in root and "largest child of the model has" in root
+    activations = sentences(100, 0, 0, (30000, 18000))
+    assert "take about 14.0 kB of it" in activations
+    assert "of the 5 units about 2,800 B" in activations
+    assert "30.0 kB with DDP and as much at stage 3" in sentences(100, 0, 0, (30000, 30001))
     assert "checkpointing" not in sentences(100, 0, 0, (17000, 5000))

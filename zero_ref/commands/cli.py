@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..ranks.launch import RankError, init, launch
 from ..tasks import data, files
+from ..tasks.named import NAMED
 from ..tasks.task import OPTIMIZERS, Task
 from .train import backend_for
 
@@ -85,7 +86,7 @@ def _parser():
         what.add_argument("--model", metavar="MODEL",
                           help="your own: a file my_model.py or a module my_package.my_module with "
                                "functions build, batch and loss, or a Hugging Face config.json; or "
-                               "one that bench knows")
+                               f"one of {', '.join(NAMED)}, which bench uses")
         command.add_argument("--data-dir", type=Path, help="where the MNIST files are (task mnist)")
         command.add_argument("--world-size", type=int, metavar="N",
                              help="number of ranks to start (default: 4)")

@@ -89,7 +89,7 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
         if runs := facts["run_on_some_ranks"]:
             skipped["stage 3"] = (f"{runs[0]!r} runs on some ranks only, and at stage 3 all ranks "
                                   "have to run the same units: leave it out of `units`")
-        settings = replace(settings, unused=frozenset(facts["unused"]),
+        settings = replace(settings, unused=frozenset(facts["unused"]), groups=facts["groups"],
                            find_unused=bool(facts["unused"] or sometimes))
         for system in [*ours, DDP, FSDP2, *others]:  # stage 0 first: it is what others are held to
             ranks, reason = None, skipped.get(system.name)
@@ -97,6 +97,9 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
                 ranks, reason = _attempt(everywhere, measure.measure, make_task, system, settings)
             rows[system.name] = _row(system, ranks, reason, rows.get("stage 0"), facts, settings,
                                      world_size)
+        reasons = {row["failed"] for row in rows.values()}
+        if len(reasons) == 1 and None not in reasons:
+            raise ValueError(f"every system failed: {reasons.pop()}")
         measured = [system for system in (*ours, DDP, FSDP2, *others)
                     if rows[system.name]["failed"] is None]
         for system in ROUNDS * measured:
@@ -120,7 +123,7 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
     order = ["DDP", "FSDP2", *[name for name in rows if name not in ("DDP", "FSDP2")]]
     failed = [f"{name}: {promise}" for name in order
               for promise, holds in rows[name]["promises"].items() if not holds]
-    facts = {key: value for key, value in facts.items() if key != "units"}
+    facts = {key: value for key, value in facts.items() if key not in ("units", "groups")}
     return Report(facts, world_size=world_size, steps=steps, seed=seed, torch=torch.__version__,
                   float64_steps=in_float64.steps, systems=[rows[name] for name in order],
                   failed_promises=failed)
@@ -131,7 +134,8 @@ def _attempt(everywhere, fn, *args):
     try:
         return everywhere(fn, *args), None
     except RankError as error:
-        return None, f"{error.kind}: {error.reason}"
+        first_line = (error.reason.splitlines() or [""])[0]
+        return None, f"{error.kind}: {first_line}"
 
 
 def _on_ranks_that_are_there(fn, *args):
@@ -170,6 +174,7 @@ def _row(system: System, ranks: list[dict] | None, reason: str | None, reference
         "seconds_per_step": first["seconds"], "digest": first["digest"],
         "same_bits_as_stage_0": first["digest"] is not None
         and first["digest"] == (reference or first).get("digest"),
+        "same_on_all_ranks": len({r["digest"] for r in ranks}) == 1,
         "first_difference": first["first_difference"], "difference": first["difference"],
         "float64_difference": None,
         "resident_bytes": max((r["resident"] for r in ranks), key=lambda d: sum(d.values())),
@@ -193,7 +198,7 @@ def _row(system: System, ranks: list[dict] | None, reason: str | None, reference
         row["formula_sent_bytes"] = formula_sent(facts["units"], world_size, system.stage)
     if ours:
         row["promises"] = {
-            "all ranks end with the same weights": len({r["digest"] for r in ranks}) == 1}
+            "all ranks end with the same weights": row["same_on_all_ranks"]}
         if all(r["all_have_states"] for r in ranks):  # the optimizer may hold only some parameters
             row["promises"]["resident bytes are those of the formula on every rank"] = (
                 [r["resident"] for r in ranks] == formulas)
@@ -207,15 +212,19 @@ def _row(system: System, ranks: list[dict] | None, reason: str | None, reference
 
 
 def formula(units: Sequence[UnitFacts], world_size: int, stage: int, rank: int,
-            state_dtypes: Sequence[torch.dtype],
+            state_dtypes: Mapping[torch.dtype, Sequence[torch.dtype]],
             mixed_precision: MixedPrecision | None) -> dict[str, int]:
-    """`memory.model_states` for a live model, of which parts may be frozen, or never used."""
+    """`memory.model_states` for a live model, of which parts may be frozen, or never used.
+
+    state_dtypes: of what the optimizer keeps per element, for each dtype of its parameters.
+    """
     total = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for unit in units:
         mixed = mixed_precision is not None and unit.master_dtype != unit.dtype
+        of_states = state_dtypes.get(unit.master_dtype, ())
         kept = memory.model_states([unit.sizes], world_size, stage, rank=rank,
                                    param_dtype=unit.dtype, grad_dtype=unit.grad_dtype,
-                                   optimizer_dtypes=state_dtypes,
+                                   optimizer_dtypes=of_states,
                                    mixed_precision=mixed_precision if mixed else None)
         total["parameters"] += kept["parameters"]
         if not unit.frozen:
@@ -224,12 +233,12 @@ def formula(units: Sequence[UnitFacts], world_size: int, stage: int, rank: int,
         layout = Layout(unit.sizes, world_size, min(unit.dtype.itemsize, unit.grad_dtype.itemsize))
         for index in unit.unused:  # the optimizer has no states of these
             begin, end = layout.span(index, rank) if stage else (0, unit.sizes[index])
-            total["optimizer"] -= (end - begin) * sum(dtype.itemsize for dtype in state_dtypes)
+            total["optimizer"] -= (end - begin) * sum(dtype.itemsize for dtype in of_states)
     return total
 
 
-def formula_of_ddp(units: Sequence[UnitFacts], state_dtypes: Sequence[torch.dtype]
-                   ) -> dict[str, int]:
+def formula_of_ddp(units: Sequence[UnitFacts],
+                   state_dtypes: Mapping[torch.dtype, Sequence[torch.dtype]]) -> dict[str, int]:
     """The same without padding, and without gradients of what is never used."""
     total = {"parameters": 0, "gradients": 0, "optimizer": 0}
     for unit in units:
@@ -237,7 +246,8 @@ def formula_of_ddp(units: Sequence[UnitFacts], state_dtypes: Sequence[torch.dtyp
         total["parameters"] += sum(unit.sizes) * unit.master_dtype.itemsize
         if not unit.frozen:
             total["gradients"] += used * unit.master_dtype.itemsize
-            total["optimizer"] += used * sum(dtype.itemsize for dtype in state_dtypes)
+            total["optimizer"] += used * sum(
+                dtype.itemsize for dtype in state_dtypes.get(unit.master_dtype, ()))
     return total
 
 

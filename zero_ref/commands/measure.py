@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from .. import MixedPrecision, wrap
+from ..engine.optimizers import ELEMENTWISE
 from ..observe import memory
 from ..observe.trace import loopback_bytes, trace
 from ..tasks.task import Task, seed_everything
@@ -30,7 +31,8 @@ TIMED = 6  # steps in each further round of timing
 class Settings:
     """What is the same for all systems of a comparison. folder: where rank 0 keeps the weights of
     stage 0, for the others to compare with. unused: names of parameters that get no gradient on any
-    rank. find_unused: whether some get none on one of them."""
+    rank. groups: how many parameters the optimizer sorts into each group, of the bare module's.
+    find_unused: whether some get none on one of them."""
 
     steps: int
     seed: int
@@ -38,6 +40,7 @@ class Settings:
     mixed_precision: MixedPrecision | None
     folder: Path
     unused: frozenset[str] = frozenset()
+    groups: list[int] | None = None
     find_unused: bool = False
 
 
@@ -125,7 +128,8 @@ def count_bytes(make_task: Callable[[], Task], system: System, settings: Setting
     if system.kind == "ours":
         used = [p for name, p in run.model.named_parameters() if name not in settings.unused]
         has_states = [bool(run.optimizer.state.get(p)) for p in used if p.numel()]
-        found["all_have_states"] = all(has_states) or not any(has_states)
+        found["all_have_states"] = (isinstance(run.optimizer, ELEMENTWISE)
+                                    and (all(has_states) or not any(has_states)))
         found["units"] = [UnitFacts(
             u.sizes, u.frozen, u.dtype, u.grad_dtype, u.master.dtype,
             frozenset(i for i, name in enumerate(u.names) if name in settings.unused))
@@ -139,12 +143,14 @@ def _median(seconds):
 
 
 def _state_dtypes(optimizer):
-    """Of what the optimizer keeps for each element."""
+    """Of what the optimizer keeps for each element, by the parameter's dtype."""
+    found = {}
     for p, state in optimizer.state.items():
         if p.numel():
-            return [value.dtype for key, value in state.items()
-                    if key != "step" and getattr(value, "shape", None) == p.shape]
-    return []
+            found.setdefault(p.dtype, [
+                value.dtype for key, value in state.items()
+                if key != "step" and getattr(value, "shape", None) == p.shape])
+    return found
 
 
 class _Run:
@@ -157,6 +163,12 @@ class _Run:
         self.names = [name for name, _ in net.named_parameters()]
         self.model = system.wrap(net, task, settings)
         self.optimizer = task.optimizer([*self.model.parameters()])
+        if settings.groups not in (None, found := groups(self.optimizer)):
+            raise ValueError(
+                f"optimizer(params) sorts the bare module's parameters into groups of "
+                f"{settings.groups}, and this system's into groups of {found}: from stage 1 on, "
+                "parameters are 1-D pieces, so do not sort by shape. Set an attribute in build(), "
+                "such as p.decay = p.ndim > 1, and sort by that")
 
     def step(self, number: int, before_update: Callable[[], Any] = lambda: None) -> float:
         """Returns the loss. before_update: called when backward is through."""
@@ -222,6 +234,11 @@ class UnitFacts:
     grad_dtype: torch.dtype
     master_dtype: torch.dtype
     unused: frozenset[int]
+
+
+def groups(optimizer: torch.optim.Optimizer) -> list[int]:
+    """How many trainable parameters are in each group."""
+    return [sum(p.requires_grad for p in group["params"]) for group in optimizer.param_groups]
 
 
 def live_bytes() -> dict[int, int]:

@@ -16,8 +16,10 @@ from ..engine.precision import own_precision
 from ..engine.tree import tensors_in
 from ..partition import lay_out
 from ..tasks.task import Task, seed_everything
-from .measure import Settings
+from .measure import Settings, groups
 from .train import describe, prepare_device
+
+_PACKAGE = str(Path(__file__).parents[1])
 
 
 def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] | None:
@@ -32,6 +34,11 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
     batches, again = ([_batch(task, settings, device, rank) for rank in range(world_size)]
                       for _ in range(2))
     if [*map(_fingerprint, batches)] != [*map(_fingerprint, again)]:
+        if not tensors_in(batches[0]):
+            raise ValueError(f"batch(0, 0) of {task.name} returned a {type(batches[0]).__name__}, "
+                             "in which no tensors were found: return a tensor, or tensors in "
+                             "tuples, lists, dicts or dataclasses (`dict(…)` of what a tokenizer "
+                             "returns)")
         raise ValueError(f"batch(0, rank) of {task.name} gives other data when it is called again, "
                          "so the systems would not see the same: seed it, for instance with "
                          "torch.Generator().manual_seed(1000 * step + rank)")
@@ -56,6 +63,7 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(f"optimizer(params) of {task.name} returned a {type(optimizer).__name__}: "
                          "it has to return a torch.optim.Optimizer")
+    in_groups = groups(optimizer)
     names = {module: name for name, module in net.named_modules()}
     inner = [names[unit.module] for unit in units if unit.module is not net]
     largest = max(units, key=lambda unit: unit.numel)
@@ -66,6 +74,7 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
         "device": describe(device), "optimizer": type(optimizer).__name__,
         "metric": task.metric if task.evaluate is not None else None,
         "mixed_precision": mixed is not None,
+        "groups": in_groups, "unit_count": len(inner),
         "unused": sorted(set.intersection(*missing)),
         "used_on_some_ranks": sorted(set.union(*missing) - set.intersection(*missing)),
         "run_on_some_ranks": sorted({*inner} & set.union(*called) - set.intersection(*called)),
@@ -75,6 +84,7 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
         and not any(unit.frozen for unit in units),
         "largest_unit": {"name": largest.name, "kind": type(largest.module).__name__,
                          "numel": largest.numel, "largest_child": max(inside, default=0),
+                         "frozen": largest.frozen,
                          "tied": any(len(places) > 1 for places in largest.slots)},
         "root_numel": sum(unit.numel for unit in units if unit.module is net),
         "itemsize": max(unit.dtype.itemsize for unit in units),
@@ -112,13 +122,18 @@ def _call(what, fn, *args):
         file = getattr(getattr(fn, "__func__", fn), "__code__", _call.__code__).co_filename
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == file]
-        where = f", at line {lines[-1]} of {Path(file).name}" if lines and file != __file__ else ""
+        theirs = lines and not file.startswith(_PACKAGE)
+        where = f", at line {lines[-1]} of {Path(file).name}" if theirs else ""
         raise ValueError(f"{what} failed with {type(error).__name__}{where}: {error}") from error
 
 
 def _build(task, settings):
     seed_everything(settings.seed)
     net = _call(f"build() of {task.name}", task.build)
+    if isinstance(net, nn.Module) and any(
+            isinstance(m, torch.jit.ScriptModule) for m in net.modules()):
+        raise ValueError(f"build() of {task.name} returned a module with TorchScript in it, which "
+                         "takes no hooks: return it as it is before torch.jit.script")
     if isinstance(net, nn.Module) and any(p.is_meta for p in net.parameters()):
         raise ValueError(f"build() of {task.name} returned a module on the meta device, which DDP "
                          "cannot train: build it on a real one")

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -66,11 +67,8 @@ def _print(report, console):
                        f"{row['seconds_per_step'] * 1e3:.1f}", *map(_difference, differences))
     console.print(result)
     console.print("The last three columns: the largest difference of any weight from stage 0's.")
-    for sentence in [*_about_differences(rows), ""]:
+    for sentence in [*_about_differences(report), ""]:
         console.print(sentence)
-    if report["mixed_precision"]:
-        console.print("DDP computes in the module's own precision, so its weights differ from "
-                      "those of the others.\n")
     unit = 1e6 if max((row["peak_bytes"] for row in measured), default=0) > 1e7 else 1e3
     name = "MB (1 MB = 1,000,000 bytes)" if unit == 1e6 else "kB (1 kB = 1000 bytes)"
     cost = _table(f"What a rank holds and sends, in {name}", "", "parameters", "gradients",
@@ -92,30 +90,50 @@ def _print(report, console):
                   "step, activations and\nfull units included. Sent, by formula: 2Ψ·(N-1)/N at "
                   "stages 0 to 2, 3Ψ·(N-1)/N at stage 3, with\npadded units. ≈: by the kernel's "
                   "count.\n")
-    for row in rows:
-        if row["failed"] is not None:
-            console.print(f"{row['system']} failed: {row['failed']}\n", soft_wrap=True)
-        elif row.get("float64_failed"):
-            console.print(f"{row['system']} failed in float64: {row['float64_failed']}\n",
-                          soft_wrap=True)
+    for where, key in (("", "failed"), (" in float64", "float64_failed")):
+        reasons = defaultdict(list)
+        for row in rows:
+            if row.get(key):
+                reasons[row[key]].append(row["system"])
+        for reason, names in reasons.items():
+            console.print(f"{_listed(names)} failed{where}: {reason}\n", soft_wrap=True)
     for sentence in [*what_to_look_at(report), *verdict(report)]:
         console.print(sentence)
 
 
-def _about_differences(rows) -> Iterator[str]:
-    others = [row for row in rows if row["failed"] is None and row["kind"] != "ours"
-              and row["float64_difference"] is not None]
-    same = [row["system"] for row in others if row["float64_difference"] < CLOSE
+def _about_differences(report) -> Iterator[str]:
+    others = [row for row in report["systems"] if row["failed"] is None and row["kind"] != "ours"]
+    for row in others:
+        if row["difference"] is None:
+            yield (f"The weights of {row['system']} could not be compared: its state_dict() has "
+                   "other names or shapes than the module's.")
+        if row["kind"] == "user" and not row["same_on_all_ranks"]:
+            yield f"The ranks of {row['system']} end with different weights."
+    if not report["deterministic"]:
+        yield ("Two equal runs of this model's first step gave different gradients, so differences "
+               "of weights say nothing here.")
+        return
+    if report["mixed_precision"] and any(row["system"] == "DDP" for row in others):
+        yield ("DDP computes in the module's own precision, so its weights differ from those of "
+               "the others.")
+        others = [row for row in others if row["system"] != "DDP"]
+    compared = [row for row in others if row["float64_difference"] is not None]
+    same = [row["system"] for row in compared if row["float64_difference"] < CLOSE
             and row["difference"]]
     if same:
-        yield (f"{' and '.join(same)} sum in another order, which rounds otherwise; the optimizer "
-               "turns that into a difference of weights, and it grows from step to step. In "
-               "float64, rounding errors are about a billion times smaller, and so are these "
-               "differences: it is the same computation.")
-    for row in others:
+        yield (f"{_listed(same)} {'sums' if len(same) == 1 else 'sum'} in another order, which "
+               "rounds otherwise; the optimizer turns that into a difference of weights, and it "
+               "grows from step to step. In float64, rounding errors are about a billion times "
+               "smaller, and so are these differences: it is the same computation.")
+    for row in compared:
         if row["float64_difference"] >= CLOSE:
             yield (f"{row['system']} differs in float64, too: that is not rounding, but another "
                    "computation.")
+
+
+def _listed(names):
+    """a; a and b; a, b and c."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _difference(value):
@@ -145,24 +163,39 @@ def what_to_look_at(report: Mapping[str, Any]) -> list[str]:
     first, last = rows["DDP"], stages[-1]
     states, peak = sum(last["resident_bytes"].values()), last["peak_bytes"]
     least, sent = stages[0]["sent_bytes_per_step"], last["sent_bytes_per_step"]
-    found = [f"What to look at: the peak in a step. It is {bytes_text(first['peak_bytes'])} with "
-             f"DDP and {bytes_text(peak)} at {last['system']}"
+    peaks = bytes_text(first["peak_bytes"]), bytes_text(peak)
+    found = [f"What to look at: the peak in a step. It is {peaks[0]} with DDP and "
+             f"{'as much' if peaks[0] == peaks[1] else peaks[1]} at {last['system']}"
              + ("." if len(stages) == 1 else f", which sends {bytes_text(sent)} per step"
                 + (", as much as stage 0." if sent == least else
                    f" instead of {bytes_text(least)}."))]
     lowest = min(stages, key=lambda row: row["peak_bytes"])
     if lowest is not last:
         found.append(f"The lowest peak is that of {lowest['system']}, "
-                     f"{bytes_text(lowest['peak_bytes'])}: what {last['system']} keeps less, it "
-                     "gathers within the step.")
+                     f"{bytes_text(lowest['peak_bytes'])}: what {last['system']} saves between "
+                     "steps, it gathers again within each step.")
+    activations = stages[0]["peak_bytes"] - sum(stages[0]["resident_bytes"].values())
+    if activations > states:
+        units = report["unit_count"]
+        found.append(f"Activations and other temporary tensors take about "
+                     f"{bytes_text(activations)} of it at every stage, more than the "
+                     f"{bytes_text(states)} of states at {last['system']}; ZeRO does not shard "
+                     f"them. Half the samples per rank would take about "
+                     f"{bytes_text(activations / 2)}"
+                     + (f", and with activation checkpointing of each of the {units} units about "
+                        f"{bytes_text(activations / units)} and the units' inputs would be there."
+                        if units > 1 else "."))
     if last["system"] != "stage 3":
         return found
     largest, in_root = report["largest_unit"], report["root_numel"]
     unit_bytes, root_bytes, inside = (numel * report["itemsize"] for numel in (
         largest["numel"], in_root, largest["largest_child"]))
+    unit_bytes_text = bytes_text(unit_bytes)
     if in_root == report["numel"]:
-        found.append("All parameters belong to the root, so stage 3 gathers the whole model at "
-                     "once: name the modules that are to be units in `units`.")
+        found.append(f"All parameters belong to the root, so stage 3 gathers {unit_bytes_text} of "
+                     "them at once: name the modules that are to be units in `units`"
+                     + (f"; the largest child of the model has {bytes_text(inside)}."
+                        if 0 < inside < unit_bytes else "."))
     elif root_bytes > states / 2:
         found.append(f"The root's own parameters, {bytes_text(root_bytes)}, are there in full from "
                      "the beginning of a step to its end"
@@ -173,17 +206,11 @@ def what_to_look_at(report: Mapping[str, Any]) -> list[str]:
     elif 2 * unit_bytes > (peak - states) / 2 and largest["numel"] > report["numel"] / 10:
         found.append(f"The largest unit, {largest['name']!r} ({largest['kind']}), has "
                      f"{largest['numel'] / report['numel']:.0%} of the parameters. While it "
-                     f"computes, its {bytes_text(unit_bytes)} of parameters and as many bytes of "
-                     "gradients are held in full; "
+                     f"computes, its {unit_bytes_text} of parameters "
+                     + ("are held in full; " if largest["frozen"] else
+                        "and as many bytes of gradients are held in full; ")
                      + (f"if its children were units, the largest would have {bytes_text(inside)}."
                         if 0 < inside < unit_bytes else "it is one layer, so it cannot be split."))
-    activations = stages[0]["peak_bytes"] - sum(stages[0]["resident_bytes"].values())
-    if activations > states:
-        found.append(f"Activations and other temporary tensors take about "
-                     f"{bytes_text(activations)} at every stage, more than the "
-                     f"{bytes_text(states)} of states at stage 3. Half the samples per rank would "
-                     f"take about {bytes_text(activations / 2)}; activation checkpointing takes "
-                     "less, too.")
     return found
 
 
@@ -193,8 +220,8 @@ def verdict(report: Mapping[str, Any]) -> list[str]:
     promises = [promise for row in report["systems"] for promise in row["promises"]]
     found = []
     if not report["deterministic"]:
-        found.append("This model is not deterministic: two equal runs of its first step gave "
-                     "different gradients,\nso weights could not be compared.")
+        found.append("This model is not deterministic, so the promises about weights could not be "
+                     "checked.")
     if not report["once"]:
         found.append("Some units are frozen, or used more or less than once in a step, so bytes "
                      "sent have no simple\nformula.")

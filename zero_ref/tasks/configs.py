@@ -52,11 +52,15 @@ def load_config(path: Path) -> Task:
             setattr(config, token, 0)
     kind = _model_class(transformers, config, raw.get("architectures") or [])
     takes = kind.main_input_name
-    if not (takes == "input_ids" or (takes == "pixel_values" and hasattr(config, "num_channels"))):
+    of_both = hasattr(config, "vision_config") and not kind.__name__.endswith(LABELLED)
+    if of_both or not (
+            takes == "input_ids" or (takes == "pixel_values" and hasattr(config, "num_channels"))):
         raise ValueError(f"{file}: a {kind.__name__} takes more than tokens or pixels alone, which "
                          "is all that is made up here: write a file with build(), batch() and "
                          "loss()")
-    return Task(name=f"{raw['model_type']} ({kind.__name__})",
+    shape = " x ".join(map(str, _shape(config, kind)))
+    return Task(name=f"{raw['model_type']} ({kind.__name__}) on {shape} random "
+                     f"{'pixels' if takes == 'pixel_values' else 'tokens'} per rank",
                 build=lambda: kind._from_config(config, dtype=torch.float32),
                 batch=lambda step, rank: _batch(config, kind, step, rank), loss=_loss)
 
@@ -75,25 +79,32 @@ def _model_class(transformers: Any, config: Any, architectures: list[str]) -> ty
                      f"{type(config).__name__}")
 
 
-def _batch(config: Any, kind: type[nn.Module], step: int, rank: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    takes_labels = kind.__name__.endswith(LABELLED)
+def _shape(config: Any, kind: type[nn.Module]) -> tuple[int, ...]:
+    """Of the inputs: (samples, channels, height, width), or (samples, tokens)."""
     if kind.main_input_name == "pixel_values":
         side = getattr(config, "image_size", None) or PIXELS
         height, width = side if isinstance(side, list | tuple) else (side, side)
-        batch = {"pixel_values": torch.randn(SAMPLES, config.num_channels, height, width,
-                                             generator=generator)}
+        return SAMPLES, config.num_channels, height, width
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    # Half of them, because some models do not begin to count at 0.
+    return SAMPLES, min(TOKENS, max(1, limit // 2)) if limit > 0 else TOKENS
+
+
+def _batch(config: Any, kind: type[nn.Module], step: int, rank: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    takes_labels = kind.__name__.endswith(LABELLED)
+    shape = _shape(config, kind)
+    if kind.main_input_name == "pixel_values":
+        batch = {"pixel_values": torch.randn(shape, generator=generator)}
         labels = torch.randint(config.num_labels, (SAMPLES,), generator=generator)
     else:
-        text = config.get_text_config()
-        limit = getattr(text, "max_position_embeddings", None) or TOKENS
-        tokens = min(TOKENS, limit) if limit > 0 else TOKENS
-        batch = {"input_ids": torch.randint(text.vocab_size, (SAMPLES, tokens),
-                                            generator=generator)}
+        vocabulary = config.get_text_config().vocab_size
+        batch = {"input_ids": torch.randint(vocabulary, shape, generator=generator)}
         labels = batch["input_ids"]
         if "Classification" in kind.__name__:
-            shape = (SAMPLES, tokens) if "Token" in kind.__name__ else (SAMPLES,)
-            labels = torch.randint(config.num_labels, shape, generator=generator)
+            labels = torch.randint(config.num_labels,
+                                   shape if "Token" in kind.__name__ else shape[:1],
+                                   generator=generator)
     return batch | ({"labels": labels} if takes_labels else {})
 
 
