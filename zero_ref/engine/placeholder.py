@@ -1,7 +1,7 @@
 """What hangs in a module at stage 3 in place of a parameter that is not gathered.
 
-It has the parameter's shape, dtype and device, and costs no memory, because it is a view of the
-unit's emptied buffer. Whatever would read or write its values raises an error that says what to do
+It has the parameter's shape, dtype and device, and costs no memory, because its storage has been
+emptied. Whatever would read or write its values raises an error that says what to do
 instead. (Tensors that autograd has saved are another matter: see stage3.py.)
 """
 
@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
+
+from .units import replaced
 
 # What may be asked without the values. Attributes reach __torch_function__ as their getters.
 _ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad",
@@ -49,10 +51,12 @@ class Placeholder(nn.Parameter):
 
 
 def make_placeholders(unit) -> list[nn.Parameter]:
-    """One for each parameter of the unit, which still are views of its flat buffer."""
+    """One for each parameter of the unit, which still are views of its flat buffer. They have
+    storages of their own: the flat buffer's may go to somebody else, see stage3._free."""
     placeholders: list[nn.Parameter] = []
     for name, p in zip(unit.names, unit.params):
-        held = torch.Tensor._make_subclass(Placeholder, p.data, p.requires_grad)
+        held = torch.Tensor._make_subclass(Placeholder, torch.empty_like(p), p.requires_grad)
+        held.untyped_storage().resize_(0)
         held._name, held._unit = name, unit.name
         placeholders.append(held)
     return placeholders
@@ -61,9 +65,27 @@ def make_placeholders(unit) -> list[nn.Parameter]:
 def show_in_module(unit, params: Sequence[nn.Parameter]) -> None:
     """Put these, the unit's parameters or its placeholders, where the module has its parameters."""
     with torch._C.DisableTorchFunctionSubclass():
-        for p, places in zip(params, unit.slots):
+        for p, name, own, held, places in zip(params, unit.names, unit.params, unit.placeholders,
+                                              unit.slots):
             for module, attribute in places:
+                there = module._parameters.get(attribute)
+                if there is not own and there is not held:
+                    raise RuntimeError(replaced(name))
                 # Whoever freezes a parameter sets the flag of what hangs there at that time.
-                if p.requires_grad != (flag := module._parameters[attribute].requires_grad):
+                if p.requires_grad != (flag := there.requires_grad):
                     p.requires_grad = flag
                 module._parameters[attribute] = p
+
+
+def empty_params(unit) -> None:
+    """Whoever kept a reference to a parameter has an empty tensor then, not a dangling one."""
+    for p in unit.params:
+        p.data = p.data.new_empty(0)
+
+
+def empty_flat(unit) -> None:
+    """Free the memory of the full parameters. If somebody holds it as a NumPy array, it stays with
+    them, and with what autograd has saved of it; the unit is gathered into another one then."""
+    if not unit.flat.untyped_storage().resizable():
+        unit.flat = torch.empty_like(unit.flat)
+    unit.flat.untyped_storage().resize_(0)
