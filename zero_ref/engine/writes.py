@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-SHARD = "shard"
-
 
 class Watched(nn.Parameter):
     """A parameter that is written to through `.data`, too, as its version counter tells."""
@@ -20,17 +18,22 @@ class Watched(nn.Parameter):
     data = property(torch.Tensor.detach, torch.Tensor.data.__set__)  # type: ignore[assignment]
 
     def __deepcopy__(self, memo):
-        copied = super().__deepcopy__(memo)  # nobody watches a copy
-        copied.__class__ = nn.Parameter
+        copied = super().__deepcopy__(memo)
+        copied.__class__ = type(self).__bases__[-1]  # nobody watches a copy
         return copied
+
+
+def _sharded(unit):
+    return unit.keeps.params == "shard"
 
 
 def watch(unit) -> None:
     """Called once, when the module's parameters are views of the unit's flat buffer."""
-    if unit.mixed or unit.keeps.params == SHARD:
+    if unit.mixed or _sharded(unit):
         for p in unit.params:
-            if type(p) is nn.Parameter:
-                p.__class__ = Watched
+            kind = type(p)
+            p.__class__ = (Watched if kind is nn.Parameter else
+                           type(kind.__name__, (Watched, kind), {}))
     know(unit)
 
 
@@ -43,7 +46,7 @@ def know(unit) -> None:
 def keep_written(unit) -> None:
     """Called while the module's parameters are views of the unit's flat buffer."""
     refuse_moved(unit, unit.params, unit.flat)
-    before, sharded = unit.known, unit.keeps.params == SHARD
+    before, sharded = unit.known, _sharded(unit)
     if unit.mixed or sharded:
         know(unit)
     if unit.mixed and unit.known != before:
