@@ -393,7 +393,7 @@ def test_modules_without_parameters_may_change():
         steps(model)
         model.module[0] = nn.Sequential(model.module[0])
         steps(model)
-        with pytest.raises(RuntimeError, match="'2.weight' has been replaced"):
+        with pytest.raises(RuntimeError, match=r"'2.weight' has been replaced"):
             model.module[2] = nn.Linear(WIDTH, WIDTH)
             model(batch(0))
 

@@ -163,10 +163,11 @@ class Structure:
 
 def _homes(model):
     """The model itself as (None, "", model), which is not to keep itself alive, and all modules of
-    the module as (m, its name, m)."""
+    the module, or that somebody has hung into the model, as (m, its name, m)."""
     yield None, "", model
-    for name, m in model.module.named_modules(remove_duplicate=False):
-        yield m, name, m
+    for path, top in {"": model.module, **model._modules}.items():
+        for name, m in top.named_modules(prefix=path, remove_duplicate=False):
+            yield m, name, m
 
 
 def _slots(model):
