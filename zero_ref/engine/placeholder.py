@@ -1,7 +1,7 @@
 """What hangs in a module at stage 3 in place of a parameter that is not gathered.
 
-It has the parameter's shape, dtype and device, and costs no memory, because its storage has been
-emptied. Whatever would read or write its values raises an error that says what to do
+It has the parameter's shape, dtype and device, and costs no memory, because it is a view of the
+unit's emptied buffer. Whatever would read or write its values raises an error that says what to do
 instead. (Tensors that autograd has saved are another matter: see stage3.py.)
 """
 
@@ -51,12 +51,10 @@ class Placeholder(nn.Parameter):
 
 
 def make_placeholders(unit) -> list[nn.Parameter]:
-    """One for each parameter of the unit, which still are views of its flat buffer. They have
-    storages of their own: the flat buffer's may go to somebody else, see stage3._free."""
+    """One for each parameter of the unit, which still are views of its flat buffer."""
     placeholders: list[nn.Parameter] = []
     for name, p in zip(unit.names, unit.params):
-        held = torch.Tensor._make_subclass(Placeholder, torch.empty_like(p), p.requires_grad)
-        held.untyped_storage().resize_(0)
+        held = torch.Tensor._make_subclass(Placeholder, p.data, p.requires_grad)
         held._name, held._unit = name, unit.name
         placeholders.append(held)
     return placeholders
@@ -88,4 +86,7 @@ def empty_flat(unit) -> None:
     them, and with what autograd has saved of it; the unit is gathered into another one then."""
     if not unit.flat.untyped_storage().resizable():
         unit.flat = torch.empty_like(unit.flat)
+        with torch._C.DisableTorchFunctionSubclass():
+            for held, view in zip(unit.placeholders, unit.full_views(unit.flat)):
+                held.data = view
     unit.flat.untyped_storage().resize_(0)
