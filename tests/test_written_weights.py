@@ -177,6 +177,7 @@ def test_a_numpy_array_keeps_its_values_and_the_unit_is_freed(world_size):
             assert all(u.flat.untyped_storage().nbytes() == 0 for u in model.units)
         assert all((array == values.numpy()).all() for array, values in kept)
         assert net[1].weight.shape == (WIDTH, WIDTH)
+        assert net[1].weight.untyped_storage().nbytes() == 0  # nothing else holds the arrays
 
     toy.ranks(run, world_size)
 

@@ -123,8 +123,9 @@ class Structure:
 
     def __init__(self, model: nn.Module, units: Sequence):
         self.frozen = {name for unit in units if unit.frozen for name in unit.names}
-        shown = {p: (p, held) for unit in units
-                 for p, held in zip(unit.params, unit.placeholders or unit.params)}
+        pairs = [pair for unit in units
+                 for pair in zip(unit.params, unit.placeholders or unit.params)]
+        shown = {p: pair for pair in pairs for p in pair}  # the unit may be gathered, or not
         self.slots = {(home, key): (name, shown.get(p, (p, p)))
                       for home, key, name, p in _slots(model)}
         self._look(model)
