@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from . import comm
-from .engine import buffers
 from .engine.backward import Backward
 from .engine.buckets import Bucket
 from .engine.shell import Shell
@@ -48,7 +47,7 @@ class Stage0(Shell):
 
     def _forward(self, args: tuple, kwargs: dict):
         if self.training and torch.is_grad_enabled():
-            buffers.broadcast(self.module, self.group, "forward")
+            self._buffers_of_rank_0.broadcast("forward")
         args, kwargs = self._pre_forward(self.module, args, kwargs)
         output = self.module(*args, **kwargs)
         self._on_grad_of(output, "_begin_backward")

@@ -36,8 +36,9 @@ from torch import Tensor, nn
 from . import comm
 from .engine.buckets import Bucket
 from .engine.calls import Call, Calls, Mark, Pass, without_fragile
-from .engine.placeholder import make_placeholders, show_in_module
+from .engine.placeholder import empty_flat, empty_params, make_placeholders, show_in_module
 from .engine.tree import tensors_in
+from .engine.writes import keep_written
 from .partition import SHARD, Keeps, Unit
 from .stage2 import Stage2
 
@@ -109,19 +110,15 @@ class Stage3(Stage2):
         """Free all but this rank's shard."""
         self._wait_for_unshard(unit)
         if unit.gathered and not self._in_full_params:
+            keep_written(unit)
             self._free(unit)
 
     def _free(self, unit: Unit) -> None:
         show_in_module(unit, unit.placeholders)
         if self._backward is None:  # in backward, checkpointing compares shapes of saved tensors
-            self._empty(unit)
-        unit.flat.untyped_storage().resize_(0)
+            empty_params(unit)
+        empty_flat(unit)
         unit.gathered = False
-
-    def _empty(self, unit: Unit) -> None:
-        """Whoever kept a reference to a parameter has an empty tensor then, not a dangling one."""
-        for p in unit.params:
-            p.data = p.data.new_empty(0)
 
     # ---- Phase 1: forward ------------------------------------------------------------------------
 
@@ -223,15 +220,16 @@ class Stage3(Stage2):
             if unit.module not in running:
                 self._reshard(unit)
                 if not unit.gathered:
-                    self._empty(unit)
+                    empty_params(unit)
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------
 
     def _after_step(self, units: list[Unit]) -> None:
         for unit in units:
             unit.publish()
-            # Still gathered if a forward had no backward; what it has is outdated now.
-            self._reshard(unit)
+            self._wait_for_unshard(unit)
+            if unit.gathered:  # a forward had no backward; what it has is outdated now
+                self._free(unit)
 
     # ---- full parameters -------------------------------------------------------------------------
 

@@ -17,7 +17,9 @@ def agree(options: dict, module: nn.Module, units: Sequence[Unit],
     for unit in units:
         plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]
-    plan += [("buffer", name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]
+    if not problem:
+        plan += [("buffer", name, tuple(b.shape), str(b.dtype))
+                 for name, b in module.named_buffers()]
     plans = comm.all_gather_object((problem and str(problem), plan), group, phase="init")
     if problem:
         raise problem

@@ -10,8 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from .placeholder import show_in_module
-
 
 def give_memory_to_buffers(module: nn.Module, group: dist.ProcessGroup) -> None:
     """Replace buffers on the meta device, and initialize the modules that have nothing else."""
@@ -54,7 +52,9 @@ def _give_memory(unit, device):
     for view in unit.full_views(unit.flat):
         view.fill_(_marker(view))
     unit.point_to(unit.flat)
-    show_in_module(unit, unit.params)
+    for p, places in zip(unit.params, unit.slots):
+        for m, attribute in places:
+            m._parameters[attribute] = p
 
 
 @torch.no_grad()

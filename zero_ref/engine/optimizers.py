@@ -12,6 +12,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from . import writes
 from .gradslice import GradSlice
 
 # Each element of a parameter is updated from that element of its gradient and of its states alone,
@@ -89,15 +90,13 @@ def _refuse_unreduced(optimizer, units):
 
 def _refuse_moved(units):
     for unit in units:
-        pairs = [(p, unit.master) for p in (unit.master_params[0], unit.master_params[-1])]
         if unit.gathered:
-            pairs += [(p, unit.flat) for p in (unit.params[0], unit.params[-1])]
-        for p, buffer in pairs:
-            if p.untyped_storage().data_ptr() != buffer.untyped_storage().data_ptr():
-                raise RuntimeError(
-                    f"a parameter of unit {unit.name!r} does not lie in its flat buffer any more: "
-                    "something has moved or cast the module, or has set the .data of a parameter; "
-                    "do so before zero_ref.wrap, or write values inside model.full_params()")
+            writes.keep_written(unit)
+        begin, end = unit.master.data_ptr(), unit.master.data_ptr() + unit.master.nbytes
+        with torch._C.DisableTorchFunctionSubclass():
+            for name, p in zip(unit.names, unit.master_params):
+                if p.numel() and not begin <= p.data_ptr() < end:
+                    raise RuntimeError(writes.moved(unit, name))
 
 
 def master_parameter(view: torch.Tensor, trainable: bool) -> nn.Parameter:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from .units import replaced
+
 # What may be asked without the values. Attributes reach __torch_function__ as their getters.
 _ATTRIBUTES = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad",
                "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized", "is_nested", "itemsize",
@@ -61,9 +63,30 @@ def make_placeholders(unit) -> list[nn.Parameter]:
 def show_in_module(unit, params: Sequence[nn.Parameter]) -> None:
     """Put these, the unit's parameters or its placeholders, where the module has its parameters."""
     with torch._C.DisableTorchFunctionSubclass():
-        for p, places in zip(params, unit.slots):
+        for p, name, own, held, places in zip(params, unit.names, unit.params, unit.placeholders,
+                                              unit.slots):
             for module, attribute in places:
+                there = module._parameters.get(attribute)
+                if there is not own and there is not held:
+                    raise RuntimeError(replaced(name))
                 # Whoever freezes a parameter sets the flag of what hangs there at that time.
-                if p.requires_grad != (flag := module._parameters[attribute].requires_grad):
+                if p.requires_grad != (flag := there.requires_grad):
                     p.requires_grad = flag
                 module._parameters[attribute] = p
+
+
+def empty_params(unit) -> None:
+    """Whoever kept a reference to a parameter has an empty tensor then, not a dangling one."""
+    for p in unit.params:
+        p.data = p.data.new_empty(0)
+
+
+def empty_flat(unit) -> None:
+    """Free the memory of the full parameters. If somebody holds it as a NumPy array, it stays with
+    them, and with what autograd has saved of it; the unit is gathered into another one then."""
+    if not unit.flat.untyped_storage().resizable():
+        unit.flat = torch.empty_like(unit.flat)
+        with torch._C.DisableTorchFunctionSubclass():
+            for held, view in zip(unit.placeholders, unit.full_views(unit.flat)):
+                held.data = view
+    unit.flat.untyped_storage().resize_(0)

@@ -68,17 +68,20 @@ class MixedPrecision:
         return [hook for child in module.children() for hook in self.watch_kept(child)]
 
     def guard_state_dict(self, model):
-        """The module holds rounded values, which are neither to be saved nor to be loaded."""
+        """The module holds rounded values, which are neither to be saved nor to be loaded. A part
+        of it does, too; but not a copy, which has these hooks as well."""
         ref: Any = weakref.ref(model)
+        members = weakref.WeakSet(model.module.modules())
 
-        def refuse(*_):
-            if ref() is not None and not ref()._in_full_params:
+        def refuse(module, *_):
+            if module in members and ref() is not None and not ref()._in_full_params:
                 raise RuntimeError("with mixed precision the bare module has rounded values: use "
                                    "model.state_dict() and model.load_state_dict(), where model is "
                                    "what zero_ref.wrap returned")
 
-        return [model.module.register_state_dict_pre_hook(refuse),
-                model.module.register_load_state_dict_pre_hook(refuse)]
+        return [register(refuse) for module in members
+                for register in (module.register_state_dict_pre_hook,
+                                 module.register_load_state_dict_pre_hook)]
 
 
 def _compute_in(module, dtype):

@@ -1,9 +1,11 @@
 """What makes a stage look like any nn.Module. The algorithms are the stages' own."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import comm
-from . import buffers, check, clip, failure, materialize, optimizers
+from . import check, clip, failure, materialize, optimizers, writes
 from .buckets import buckets
-from .units import refuse_unfrozen
+from .buffers import Buffers
+from .units import Structure
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
 
@@ -25,7 +28,9 @@ class Shell(nn.Module):
                  overlap: bool = True, mixed_precision=None, checked: bool = False,
                  bucket_cap_mb: float = 1):
         super().__init__()
-        self.module, self.units, self.group = module, units, group
+        # No child, of which torch would find the parameters beside those that this module owns.
+        self.__dict__["module"] = module
+        self.units, self.group = units, group
         self.overlap, self.mixed_precision = overlap, mixed_precision
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._checker = check.checker(group) if checked else None
@@ -41,11 +46,13 @@ class Shell(nn.Module):
             for unit in together:
                 comm.broadcast(unit.flat, group, unit=unit.name, phase="init").wait()
                 self._keep(unit)
-        buffers.broadcast(module, group, "init")
+        self._buffers_of_rank_0 = Buffers(module, group)
+        self._buffers_of_rank_0.broadcast("init")
 
         self.trainable = [unit for unit in units if not unit.frozen]
         master = {name: p for u in self.trainable for name, p in zip(u.names, u.master_params)}
-        self._named_parameters = [(name, master[name]) for name in original_names]
+        self._parameters.update({name: master[name] for name in original_names})
+        self._structure = Structure(self, units)
         cap = bucket_cap_mb * 2**20
         self._reduce_buckets = buckets(self.trainable, cap, lambda unit: unit.grad_dtype)
         self._gather_buckets = buckets(units, cap, lambda unit: unit.dtype)
@@ -59,6 +66,7 @@ class Shell(nn.Module):
     def _keep(self, unit) -> None:
         """Called once, with rank 0's values in unit.flat."""
         unit.keep(self.keeps)
+        writes.watch(unit)
 
     def _register_hooks(self) -> list:
         hooks = optimizers.watch(self)
@@ -91,12 +99,20 @@ class Shell(nn.Module):
 
     def forward(self, *args, **kwargs):
         self._drop_failed_backward()
-        refuse_unfrozen(self.units)
+        self._look_at_module()
         # Somebody wrote into model.parameters(), to clip weights for instance: all ranks need that.
         self._follow([u for u in self.trainable if u.version != u.master._version])
         if self.mixed_precision is not None and not self._in_full_params:
             args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
         return self._forward(args, kwargs)
+
+    @torch.compiler.disable
+    def _look_at_module(self) -> None:
+        """Whether all still hangs where it did, and what has been written into it."""
+        self._structure.check(self)
+        for unit in self.units:
+            if unit.gathered and not self._in_full_params:
+                writes.keep_written(unit)
 
     def _drop_failed_backward(self) -> None:
         """A backward that raised never came to its end: forget it, or the next would add to it."""
@@ -109,6 +125,8 @@ class Shell(nn.Module):
 
     def _follow(self, units: list) -> None:
         """The optimizer's parameters of these units have new values: the module's follow."""
+        for unit in units:
+            writes.know(unit)
         self._after_step(units)
         for unit in units:
             unit.version = unit.master._version
@@ -142,8 +160,9 @@ class Shell(nn.Module):
     def named_parameters(self, prefix: str = "", recurse: bool = True,
                          remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, parameter) for each trainable parameter, as this rank's optimizer sees it."""
-        for name, p in self._named_parameters:
-            yield f"{prefix}.{name}" if prefix else name, p
+        for name, p in self._parameters.items():
+            if recurse or "." not in name:
+                yield f"{prefix}.{name}" if prefix else name, p
 
     @contextmanager
     def full_params(self) -> Iterator[None]:
@@ -162,11 +181,14 @@ class Shell(nn.Module):
         if self._in_full_params:
             yield {}
             return
+        self._look_at_module()
         self._follow([u for u in self.trainable if u.version != u.master._version])
         full_of = {unit: self._pin(unit) for unit in self.units}
         self._in_full_params = True
         try:
             yield full_of
+            for unit, full in full_of.items():
+                writes.refuse_moved(unit, unit.params, full)
         finally:
             self._in_full_params = False
             for unit, full in full_of.items():
@@ -189,24 +211,82 @@ class Shell(nn.Module):
     def _unpin(self, unit, full: torch.Tensor) -> None:
         unit.adopt(full)
         unit.version = unit.master._version
+        writes.know(unit)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, destination=None, prefix: str = "", keep_vars: bool = False
+                   ) -> dict[str, Any]:
         """Full, unpadded copies under the original names, on every rank (so all must call it).
         With mixed precision, the values of the master copy."""
         with self._all_pinned():
-            return {name: value.clone() if isinstance(value, torch.Tensor) else value
-                    for name, value in self.module.state_dict().items()}
+            found = self.module.state_dict(prefix=prefix)
+            copies = {name: value.clone() if isinstance(value, torch.Tensor) else value
+                      for name, value in found.items()}
+        if destination is None:
+            return copies
+        destination.update(copies)  # a parent's, in which this model has the prefix
+        destination._metadata.update(found._metadata)
+        return destination
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True):
         """Takes what `state_dict()` or the bare module's gives. Rank 0's values are kept."""
         with self.full_params():
             result = self.module.load_state_dict(state_dict, strict)
-        buffers.broadcast(self.module, self.group, "load_state_dict")
+        self._buffers_of_rank_0.broadcast("load_state_dict")
         return result
 
+    # ---- inside another module -------------------------------------------------------------------
+
+    # A parent finds parameters and buffers here, under the names that they have in the module.
+    _buffers = property(lambda self: MappingProxyType(dict(self.module.named_buffers())),
+                        lambda self, empty: None)  # type: ignore[assignment]
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True):
+        yield from self.module.named_buffers(prefix, recurse, remove_duplicate)
+
+    def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
+        yield prefix, self
+        frame: Any = sys._getframe()
+        while frame is not None and frame.f_code is not nn.Module._named_members.__code__:
+            frame = frame.f_back
+        if frame is None:  # nobody collects parameters, which this module has itself
+            yield from self.module.named_modules(memo, prefix, remove_duplicate)
+
+    def named_children(self):
+        yield from self.module.named_children()
+
+    def __getattr__(self, name: str):
+        modules = self.__dict__["module"]._modules if "module" in self.__dict__ else {}
+        return modules[name] if name in modules else super().__getattr__(name)
+
+    def __repr__(self):
+        inside = repr(self.module).replace("\n", "\n  ")
+        return f"{type(self).__name__}(\n  (module): {inside}\n)"
+
+    def train(self, mode: bool = True):
+        self.module.train(mode)
+        self.training = mode
+        return self
+
+    def apply(self, fn):
+        self.module.apply(fn)
+        fn(self)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys,
+                              unexpected_keys, error_msgs):
+        own = {name.removeprefix(prefix): value for name, value in state_dict.items()
+               if name.startswith(prefix)}
+        result = self.load_state_dict(own, strict=False)
+        missing_keys += [prefix + name for name in result.missing_keys]
+        unexpected_keys += [prefix + name for name in result.unexpected_keys]
+
     def _apply(self, fn, recurse=True):
-        raise RuntimeError("a wrapped model cannot be moved or cast: its flat buffers would stay "
-                           "behind; call .to(...) on the module before zero_ref.wrap")
+        """A parent's .to(…) may come by here, if it changes nothing."""
+        alike = [u.master.new_empty([2] * len(shape)) for u in self.units for shape in u.shapes]
+        if any(fn(tensor) is not tensor for tensor in [*alike, *self.buffers()]):
+            raise RuntimeError("a wrapped model cannot be moved or cast: its flat buffers would "
+                               "stay behind; call .to(...) on the module before zero_ref.wrap")
+        return self
 
     def __getstate__(self):
         raise RuntimeError("a wrapped model cannot be copied or pickled, because it belongs to a "
