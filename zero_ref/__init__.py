@@ -97,7 +97,12 @@ def _plan(module, stage, units, mixed_precision, bucket_cap_mb, group):
     precision_of = mixed_precision.of if mixed_precision is not None else own_precision
     if not isinstance(bucket_cap_mb, int | float) or not bucket_cap_mb >= 0:
         raise ValueError(f"bucket_cap_mb={bucket_cap_mb!r}: must be a number of MB, 0 or more")
-    return lay_out(module, units, precision_of, dist.get_rank(group), dist.get_world_size(group))
+    found = lay_out(module, units, precision_of, dist.get_rank(group), dist.get_world_size(group))
+    if all(unit.numel == 0 or (unit.frozen and stage < 3) for unit in found):
+        raise ValueError(f"{type(module).__name__} has no trainable parameters, so stage {stage} "
+                         "has nothing to do: use the module as it is, or give at least one "
+                         "parameter requires_grad=True. Stage 3 shards frozen parameters, too")
+    return found
 
 
 def __getattr__(name):

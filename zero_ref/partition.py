@@ -232,7 +232,4 @@ def lay_out(module: nn.Module, units, precision_of: Callable, rank: int, world_s
             rules.check_devices(label, names, params)
             result.append(Unit(label, unit_module, params, names, [slots[p] for p in params],
                                rank, world_size, kind.precision))
-    if all(unit.frozen or unit.numel == 0 for unit in result):
-        raise ValueError(f"{type(module).__name__} has no trainable parameters: nothing to "
-                         "partition. At least one parameter needs requires_grad=True")
     return result

@@ -27,6 +27,7 @@ Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Traini
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import comm
 from .engine.backward import Backward
@@ -67,7 +68,7 @@ class Stage0(Shell):
     def _on_grad_of(self, output, method: str, *args) -> None:
         """Call self.method(*args, grad) when backward has the gradient of a tensor in `output`."""
         for tensor in tensors_in(output):
-            if tensor.requires_grad:
+            if tensor.requires_grad and not is_functorch_wrapped_tensor(tensor):  # torch.func's own
                 tensor.register_hook(self._weak_hook(method, *args))
 
     def _begin_backward(self, grad: Tensor | None = None) -> None:

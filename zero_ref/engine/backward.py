@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from .buckets import Bucket
 
@@ -25,11 +26,13 @@ class Backward:
     whole when autograd has come to its end, which calls `finish`, or has failed.
 
     queue: buckets that are yet to be reduced, the next one last: always the same order on every
-    rank, whatever order the gradients arrive in.
+    rank, whatever order the gradients arrive in. Empty if nothing will be accumulated, as in
+    torch.autograd.grad: then there is nothing to sum.
     """
 
     def __init__(self, model, buckets: list[Bucket], finish: Callable[[], None]):
-        self.queue = list(buckets)
+        params = [p for unit in model.trainable for p in unit.params if p.requires_grad]
+        self.queue = list(buckets) if _accumulates(params) else []
         self.in_flight: deque = deque()  # (bucket, its reduced gradients, handle)
         self.grads: dict = {}  # unit -> (padded_numel,), this rank's gradients, while they fill up
         self.ready = defaultdict(set)  # unit -> indices of the parameters whose gradient is there
@@ -91,6 +94,27 @@ class Backward:
         if unit not in self.grads:
             self.grads[unit] = unit.grad_buffer()
         return self.grads[unit]
+
+
+def _accumulates(params: list[Tensor]) -> bool:
+    """Whether the backward that is running accumulates gradients of any of these parameters, which
+    torch.autograd.grad does not. True also where its graph has none of them, but would accumulate:
+    other ranks, which took another branch, may have some.
+    """
+    will_run = torch._C._will_engine_execute_node
+    try:
+        if any(will_run(get_gradient_edge(p).node) for p in params):  # the first one, as a rule
+            return True
+        ours, seen, line = set(params), {None}, [torch._C._current_autograd_node()]
+        while line and params:
+            if (node := line.pop()) not in seen:
+                if getattr(node, "variable", None) in ours:
+                    return will_run(node)
+                seen.add(node)
+                line += [following for following, _ in node.next_functions]
+    except RuntimeError:  # what autograd.grad is to return is the gradient of this very parameter
+        return False
+    return bool(params)
 
 
 def nobody_had_it(reduced: Tensor) -> bool:

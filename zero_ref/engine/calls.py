@@ -7,6 +7,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .backward import Backward
 from .buckets import Bucket
@@ -30,6 +31,10 @@ class Call:
                 f"unit {unit.name!r} returned {type(output).__name__}, in which no tensor was "
                 "found: stage 3 has to notice when backward comes back, so a unit returns tensors, "
                 "or tuples, lists, dicts or dataclasses of them")
+        if forward_ad._current_level >= 0:
+            for x in tensors_in(output):
+                if (tangent := forward_ad.unpack_dual(x).tangent) is not None:
+                    tangent.requires_grad and tangent.register_hook(_refuse_tangent)
         nodes = [x.grad_fn for x in tensors_in(output) if x.grad_fn is not None]
         if nodes:
             first = min(nodes, key=lambda node: node._sequence_nr())
@@ -87,6 +92,7 @@ class Pass:
         self.last, self.now, self.gathered, self.ahead = self.now, [], set(), []
 
     def arrived(self, module: nn.Module, units: Iterable) -> None:
+        refuse_transforms()
         self.now.append(module)
         self.ahead = [those for those in self.ahead if those.isdisjoint(units)]
 
@@ -109,6 +115,24 @@ class Pass:
                 if any(unit.resharded for unit in units_of[module]):
                     return units_of[module]
         return []
+
+
+def refuse_transforms() -> None:
+    """They would keep parameters beyond the forward in which these are there. Backward itself may
+    be batched (is_grads_batched), as it gathers."""
+    tracing = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY)
+    if ((tracing is not None or torch._C._functorch.peek_interpreter_stack() is not None)
+            and torch._C._current_graph_task_id() == -1):
+        raise RuntimeError(
+            "torch.func (grad, vjp, jvp, vmap, jacrev, …) and tracing do not work at stage 3: they "
+            "use parameters after their unit was resharded; use stage 2, or for a jvp "
+            "torch.autograd.forward_ad.make_dual, and torch.autograd.grad for a gradient")
+
+
+def _refuse_tangent(grad):
+    raise RuntimeError("backward through a forward-mode tangent does not work at stage 3: the "
+                       "tangent's graph uses parameters after their unit was resharded; use "
+                       "stage 2")
 
 
 def without_fragile(output, units: Iterable):

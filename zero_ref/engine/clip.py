@@ -19,7 +19,9 @@ def clip_grad_norm_(model, max_norm: float, norm_type: float) -> Tensor:
     """See Shell.clip_grad_norm_. A norm per parameter and slice, then the norm of those: the same
     numbers in the same order, whoever holds them. Padding belongs to no parameter."""
     masters = [unit.master for unit in model.trainable]
-    dtype = max((m.dtype for m in masters), key=lambda dtype: dtype.itemsize)
+    if not masters:  # of a frozen module, as torch's does
+        return torch.zeros(())
+    dtype = max((m.dtype.to_real() for m in masters), key=lambda dtype: dtype.itemsize)
     dtype = torch.promote_types(dtype, torch.float32)
     params = [(unit, index, p) for unit in model.trainable
               for index, p in enumerate(unit.master_params)]
@@ -29,7 +31,8 @@ def clip_grad_norm_(model, max_norm: float, norm_type: float) -> Tensor:
             whole = p.grad.as_subclass(Tensor)
             for rank, part in _by_slice(unit, index, whole):
                 if part.numel():
-                    row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=dtype)
+                    exact = dtype.to_complex() if part.is_complex() else dtype
+                    row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=exact)
     if model.keeps.states == SHARD:  # every entry is zero on all ranks but one: an exact sum
         comm.all_reduce(norms, model.group, unit="norms", phase="clip").wait()
     total = torch.linalg.vector_norm(norms, norm_type)

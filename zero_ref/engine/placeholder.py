@@ -37,9 +37,11 @@ class Placeholder(nn.Parameter):
         raise RuntimeError(
             f"parameter {held._name!r} of unit {held._unit!r} is not gathered: at stage 3 its "
             "values are on this rank only while its unit computes. Call the wrapped model, not the "
-            "bare module or a part of it; to read or write values use `with model.full_params():`, "
-            "and model.state_dict() instead of the module's. If another module's forward reads it, "
-            "leave its module out of `units`: the root's parameters are there all the time")
+            "bare module or a part of it; to read or write values use `with model.full_params():` "
+            "(which is under no_grad), and model.state_dict() instead of the module's; for a "
+            "gradient with respect to it, as torch.autograd.grad gives, use stage 2. If another "
+            "module's forward reads it, leave its module out of `units`: the root's parameters are "
+            "there all the time")
 
     def __repr__(self):
         return f"Placeholder for {self._name!r}, shape {tuple(self.shape)}, not gathered"
