@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from .engine import units as rules
 from .engine.backward import nobody_had_it
-from .engine.gradslice import GradSlice
-from .engine.optimizers import master_parameter
+from .engine.owned import GradSlice, master_parameter
 
 FULL, SHARD = "full", "shard"
 ALIGNMENT = 16  # bytes: what vectorized kernels want, and as much as the largest dtype has
@@ -91,6 +90,7 @@ class Unit(Layout):
         self.rank = rank
         self.rank_slice = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
         self.kept_grads: dict[torch.dtype, Tensor] = {}  # memory for gradients, the same every step
+        self.local, self.local_marks = {}, {}  # what no_sync() has left, see engine/owned.py
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
         self.gathering: Any = None  # the all_gather in flight that will fill it
@@ -117,8 +117,9 @@ class Unit(Layout):
             self.shard = self.shard.clone()  # memory of its own
         mixed = self.dtype != full.dtype and not self.frozen
         self.master = full[self.shard_slice].clone() if mixed else self.shard
-        self.master_params = [master_parameter(view, not self.frozen)
-                              for view in self.master_views(self.master)]
+        owner = self.rank if keeps.states == SHARD else None
+        self.master_params = [master_parameter(view, p, owner, self.world_size)
+                              for view, p in zip(self.master_views(self.master), self.params)]
         self.version = self.master._version
 
     @property

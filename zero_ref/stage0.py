@@ -129,7 +129,7 @@ class Stage0(Shell):
         self._leave_backward()
 
     def _leave_backward(self) -> None:
-        self._backward.end()
+        self._backward.end(local=[] if self._sync else self.trainable)
         self._backward = None
 
     # ---- Phase 4: the optimizer's step -----------------------------------------------------------

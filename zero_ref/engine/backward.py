@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from .buckets import Bucket
+from .owned import hide_local, show_local
 
 _running = defaultdict(list)  # name of a group -> weakrefs to its Backwards, as they began
 
@@ -31,6 +32,8 @@ class Backward:
     """
 
     def __init__(self, model, buckets: list[Bucket], finish: Callable[[], None]):
+        model.awaits_backward = False
+        hide_local(model.trainable)
         params = [p for unit in model.trainable for p in unit.params if p.requires_grad]
         self.queue = list(buckets) if _accumulates(params) else []
         self.in_flight: deque = deque()  # (bucket, its reduced gradients, handle)
@@ -49,8 +52,10 @@ class Backward:
         self.begun.append(weakref.ref(self))
         torch.autograd.Variable._execution_engine.queue_callback(finish)
 
-    def end(self) -> None:
+    def end(self, local: Iterable) -> None:
+        """local: the units whose gradients stay local."""
         self.begun.remove(weakref.ref(self))
+        show_local(local)
 
     def others_come_first(self) -> bool:
         """Whether another model that this backward came to earlier still has units to reduce: on

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import comm
 from ..partition import SHARD
+from .owned import plain
 
 
 def _by_slice(unit, index: int, grad: Tensor) -> list[tuple[int, Tensor]]:
@@ -28,8 +29,7 @@ def clip_grad_norm_(model, max_norm: float, norm_type: float) -> Tensor:
     norms = torch.zeros(len(params), model.world_size, dtype=dtype, device=masters[0].device)
     for row, (unit, index, p) in zip(norms, params):
         if p.grad is not None:
-            whole = p.grad.as_subclass(Tensor)
-            for rank, part in _by_slice(unit, index, whole):
+            for rank, part in _by_slice(unit, index, plain(p.grad)):
                 if part.numel():
                     exact = dtype.to_complex() if part.is_complex() else dtype
                     row[rank] = torch.linalg.vector_norm(part, norm_type, dtype=exact)
@@ -41,3 +41,15 @@ def clip_grad_norm_(model, max_norm: float, norm_type: float) -> Tensor:
         if p.grad is not None:
             p.grad.mul_(scale)
     return total
+
+
+def grads_are_finite(model) -> bool:
+    """See Shell.grads_are_finite."""
+    grads = [plain(p.grad) for unit in model.trainable for p in unit.master_params
+             if p.grad is not None]
+    mine = all(bool(grad.isfinite().all()) for grad in grads)
+    counts = torch.zeros(model.world_size, device=model.units[0].flat.device)
+    counts[model.rank] = float(not mine)
+    if model.keeps.states == SHARD:
+        comm.all_reduce(counts, model.group, unit="finite", phase="clip").wait()
+    return not counts.any()

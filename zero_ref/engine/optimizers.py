@@ -1,19 +1,18 @@
 """What a stage has to know about the optimizer: when it steps, and whether it may."""
 
-import sys
+import functools
 import weakref
 from typing import Any
 
 import torch
-from torch import nn, optim
-from torch.amp import GradScaler
+from torch import optim
 from torch.optim.optimizer import (
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
 from . import writes
-from .gradslice import GradSlice
+from .owned import hide_local, mark
 
 # Each element of a parameter is updated from that element of its gradient and of its states alone,
 # so a slice is updated as it would be inside the whole.
@@ -30,17 +29,20 @@ def watch(model) -> list:
         _refuse_foreign(ref(), optimizer)
         units = _units_in(ref(), optimizer)
         if units:
+            hide_local(units)
             _refuse_unreduced(optimizer, units)
+            _refuse_unreached(ref(), optimizer)
+            _refuse_others_states(ref(), optimizer)
             _refuse_moved(units)
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
-            _refuse_scaler_of_one_rank(ref())
-            _mark(units, torch.Tensor)  # the optimizer, and its states, work on plain tensors
+        mark(units, on=False)
+        then_plain = functools.partial(_then_plain, units)
+        return tuple(map(then_plain, args)), {k: then_plain(v) for k, v in kwargs.items()}
 
     def after(optimizer, args, kwargs):
         units = _units_in(ref(), optimizer)
-        if units and ref().stage >= 1:
-            _mark(units, GradSlice)
+        mark(units, on=True)
         for unit in units:  # a graph from before the step may not be differentiated any more
             torch.autograd.graph.increment_version(unit.params)
         if units:
@@ -49,11 +51,18 @@ def watch(model) -> list:
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
 
 
-def _mark(units, kind):
-    for unit in units:
-        for p in unit.master_params:
-            if p.grad is not None:
-                p.grad = p.grad.as_subclass(kind)
+def _then_plain(units, value):
+    """A closure of the step computes gradients, which are marked."""
+    if not callable(value) or isinstance(value, optim.Optimizer):
+        return value
+
+    @functools.wraps(value)
+    def closure(*args):
+        result = value(*args)
+        mark(units, on=False)
+        return result
+
+    return closure
 
 
 def _held_by(optimizer):
@@ -88,6 +97,29 @@ def _refuse_unreduced(optimizer, units):
                     "outside of it; model.zero_grad() drops what was accumulated")
 
 
+def _refuse_unreached(model, optimizer):
+    """A forward without a backward, and no gradient: backward(inputs=[*model.parameters()])."""
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    if model.awaits_backward and not any(p.grad is not None for p in held):
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.step() without any gradient, after a forward whose "
+            "backward has not come by the model: loss.backward(inputs=…) has to name the module's "
+            "own parameters, [*model.module.parameters()], at stages 0 to 2; loss.backward() "
+            "reaches them at every stage")
+
+
+def _refuse_others_states(model, optimizer):
+    """A slice's states fit that slice alone. An entry of each group says whose states it has, and
+    is saved and loaded with them."""
+    for group in optimizer.param_groups:
+        ours = " and ".join(sorted({getattr(p, "whose", "others") for p in group["params"]}))
+        if group.setdefault("zero_ref", ours) != ours:
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} has loaded states of {group['zero_ref']}, and "
+                f"here it updates {ours}: load what optimizer.state_dict() gave on the same rank, "
+                "with as many ranks, at stage 0 or at one of the stages 1 to 3")
+
+
 def _refuse_moved(units):
     for unit in units:
         if unit.gathered:
@@ -99,18 +131,6 @@ def _refuse_moved(units):
                     raise RuntimeError(writes.moved(unit, name))
 
 
-def master_parameter(view: torch.Tensor, trainable: bool) -> nn.Parameter:
-    """What the optimizer sees of a parameter. Its gradient is set, not accumulated by autograd."""
-    p = nn.Parameter(view, requires_grad=trainable)
-    p.register_hook = p.register_post_accumulate_grad_hook = _refuse_hook
-    return p
-
-
-def _refuse_hook(hook):
-    raise RuntimeError("a hook on a parameter of model.parameters() would never run, for autograd "
-                       "works on the bare module's parameters: change p.grad after backward")
-
-
 def _refuse_not_elementwise(model, optimizer):
     if not isinstance(optimizer, ELEMENTWISE):
         known = ", ".join(kind.__name__ for kind in ELEMENTWISE)
@@ -118,16 +138,3 @@ def _refuse_not_elementwise(model, optimizer):
             f"{type(optimizer).__name__} is not known to update every element on its own, so on "
             f"the slices of stage {model.stage} it may compute something else than on whole "
             f"parameters; use stage 0, or one of {known}")
-
-
-def _refuse_scaler_of_one_rank(model):
-    """torch's own GradScaler looks for inf in this rank's slice alone, and so would skip the step
-    on some ranks only. Who calls the optimizer can only be seen on the stack."""
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code is GradScaler.step.__code__ and type(frame.f_locals["self"]) is GradScaler:
-            raise RuntimeError(
-                f"torch.amp.GradScaler sees only this rank's slice of the gradients at stage "
-                f"{model.stage}; use zero_ref.GradScaler(model) instead, which takes the same "
-                "arguments otherwise")
-        frame = frame.f_back

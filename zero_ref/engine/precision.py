@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import comm
+from .owned import mark
 from .tree import map_tensors, tensors_in
 
 
@@ -121,7 +122,11 @@ class GradScaler(torch.amp.GradScaler):
         self._model = model
 
     def _unscale_grads_(self, optimizer, *args):
-        found = super()._unscale_grads_(optimizer, *args)
+        mark(self._model.trainable, on=False)
+        try:
+            found = super()._unscale_grads_(optimizer, *args)
+        finally:
+            mark(self._model.trainable, on=True)
         model, device = self._model, self._model.units[0].flat.device
         by_rank = torch.zeros(model.world_size, device=device)
         by_rank[model.rank] = sum(flag.to(device) for flag in found.values())

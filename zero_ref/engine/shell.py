@@ -16,6 +16,7 @@ from .. import comm
 from . import check, clip, failure, materialize, optimizers, writes
 from .buckets import buckets
 from .buffers import Buffers
+from .tree import tensors_in
 from .units import Structure
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
@@ -35,6 +36,7 @@ class Shell(nn.Module):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._checker = check.checker(group) if checked else None
         self._sync = True  # whether backward reduces: False inside no_sync()
+        self.awaits_backward = False  # a forward has run, and its backward has not come by yet
         self._backward: Any = None  # the Backward that is running
         self._in_full_params = False
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -104,7 +106,9 @@ class Shell(nn.Module):
         self._follow([u for u in self.trainable if u.version != u.master._version])
         if self.mixed_precision is not None and not self._in_full_params:
             args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
-        return self._forward(args, kwargs)
+        output = self._forward(args, kwargs)
+        self.awaits_backward = any(t.requires_grad for t in tensors_in(output))
+        return output
 
     @torch.compiler.disable
     def _look_at_module(self) -> None:
@@ -138,6 +142,10 @@ class Shell(nn.Module):
         every stage.
         """
         return clip.clip_grad_norm_(self, max_norm, float(norm_type))
+
+    def grads_are_finite(self) -> bool:
+        """Whether no gradient is inf or NaN, on any rank: the same answer on all of them."""
+        return clip.grads_are_finite(self)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -1,0 +1,450 @@
+"""What the optimizer sees: slices that nobody may take for the whole, and what goes with them."""
+
+import copy
+import io
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import toy
+from torch import nn
+from toy import STAGES
+
+import zero_ref
+from zero_ref.engine.optimizers import ELEMENTWISE
+from zero_ref.engine.owned import GradSlice, LocalGrad, MasterParameter
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def data(step, rank=None):
+    rank = dist.get_rank() if rank is None else rank
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randn(4, 6, generator=generator)
+
+
+def wrapped(kind, **options):
+    return (nn.parallel.DistributedDataParallel(net()) if kind == "ddp"
+            else zero_ref.wrap(net(), kind, **options))
+
+
+def loss_of(model, step):
+    return (model(data(step)) - 1).square().mean()
+
+
+def weights(model):
+    return {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+
+
+def as_with_ddp(loop, world_size):
+    """loop(kind) gives weights: with torch DDP's values in float64, and at all stages the same
+    bits."""
+    toy.stages_agree(loop, world_size)
+    both = toy.ranks(lambda: [loop(kind) for kind in ("ddp", 1, 3)], world_size,
+                     dtype=torch.float64)
+    for ddp, *ours in both:
+        for weights_of_stage in ours:
+            assert toy.close(weights_of_stage, ddp)
+
+
+def refused(fn, sentence):
+    with pytest.raises(RuntimeError, match=sentence):
+        fn()
+
+
+# ---- what no_sync() has left ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_of_the_optimizer_drops_what_no_sync_has_left(set_to_none, world_size):
+    def loop(kind, first_reduced=False):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for epoch in range(2):
+            if first_reduced:
+                loss_of(model, epoch).backward()
+            opt.zero_grad(set_to_none)
+            for i in range(3):  # groups of two: the last is left over
+                with nullcontext() if i == 1 else model.no_sync():
+                    loss_of(model, 10 * epoch + i).backward()
+                if i == 1:
+                    opt.step()
+                    opt.zero_grad(set_to_none)
+        return weights(model)
+
+    as_with_ddp(loop, world_size)
+    as_with_ddp(lambda kind: loop(kind, first_reduced=True), world_size)
+
+
+def test_a_local_gradient_is_no_gradient_yet():
+    def run(stage):
+        model = wrapped(stage)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        before = zero_ref.memory.resident(model, opt)
+        with model.no_sync():
+            loss_of(model, 0).backward()
+        p = next(model.parameters())
+        assert isinstance(p.grad, LocalGrad) and "not reduced" in repr(p.grad)
+        assert p.grad.untyped_storage().nbytes() == 0
+        held = zero_ref.memory.resident(model, opt)
+        assert held["gradients"] - before["gradients"] == sum(
+            q.numel() * 4 for q in net().parameters())
+        for use in (p.grad.sum, lambda: p.grad * 2, lambda: model.clip_grad_norm_(1.0),
+                    model.grads_are_finite):
+            refused(use, "this gradient is local")
+        refused(opt.step, "has not been reduced")
+        loss_of(model, 1).backward()
+        assert not isinstance(p.grad, LocalGrad)
+        with model.no_sync():
+            loss_of(model, 2).backward()
+        for q in model.parameters():
+            q.grad.mul_(2)
+            q.grad.add_(1)
+        if p.numel():
+            refused(lambda: loss_of(model, 3).backward(), "was changed while no_sync")
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
+# ---- a slice is not the whole --------------------------------------------------------------------
+
+REDUCED = {
+    "norm": torch.Tensor.norm, "linalg": torch.linalg.norm, "sum": torch.Tensor.sum,
+    "mean": torch.Tensor.mean, "max": torch.Tensor.max, "amin": torch.amin, "std": torch.std,
+    "all": lambda g: g.isfinite().all(), "any": lambda g: torch.any(g > 1),
+    "bool": lambda g: bool((g == 0)[:1]) if g.numel() else torch.any(g),
+    "item": lambda g: g[:1].item(), "equal": lambda g: torch.equal(g, g),
+    "cat": lambda g: torch.cat([g.flatten(), g]).norm(), "stack": lambda g: torch.stack([g]).sum(),
+    "square": lambda g: sum(x.square().sum() for x in [g]), "detach": lambda g: g.detach().norm(),
+    "data": lambda g: g.data.norm(2), "clone": lambda g: (g.clone().cpu() * 2.0).float().max(),
+    "foreach": lambda g: torch._foreach_norm([g]), "views": lambda g: g.view(-1)[:2].abs().sum(),
+    "foreach mul": lambda g: torch._foreach_mul([g], 2.0)[0].norm(), "dot": lambda g: g.dot(g),
+    "in place": lambda g: g.mul_(1).norm(),
+}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_reduces_a_slice_of_a_gradient_is_refused(world_size):
+    def run(stage):
+        model = wrapped(stage)
+        loss_of(model, 0).backward()
+        for p in model.parameters():  # on some ranks without elements
+            for reduce in REDUCED.values():
+                refused(lambda p=p, reduce=reduce: reduce(p.grad), "grads_are_finite")
+            p.grad = p.grad * 0.5
+        refused(lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.1), "clip_grad_norm_")
+        kept = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        for p, grad in zip(model.parameters(), kept):
+            p.grad = grad
+        refused(lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.1), "clip_grad_norm_")
+        grad = kept[0]
+        assert repr(grad) and grad.shape == grad.cpu().shape and len(grad.tolist()) == len(grad)
+        assert grad.numpy().shape == tuple(grad.shape) and type(copy.deepcopy(grad)) is GradSlice
+        assert torch.max(grad, grad * 2).shape == grad.shape
+        file = io.BytesIO()
+        torch.save(grad, file)
+        file.seek(0)
+        assert type(torch.load(file)) is torch.Tensor
+
+    toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], world_size)
+
+
+def test_at_stage_0_gradients_are_whole():
+    def run():
+        model = wrapped(0)
+        loss_of(model, 0).backward()
+        for reduce in list(REDUCED.values())[:6]:
+            reduce(next(model.parameters()).grad)
+        return float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
+
+    assert len(set(toy.ranks(run, 2))) == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_edited_gradients(world_size):
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+        slow = {}
+        for step in range(3):
+            loss_of(model, step).backward()
+            for name, p in model.named_parameters():
+                slow[name] = slow.get(name, 0) * 0.9 + p.grad * 0.1
+                p.grad = p.grad + 2 * slow[name]
+            clip = nn.utils.clip_grad_norm_ if kind == "ddp" else type(model).clip_grad_norm_
+            clip(model.parameters() if kind == "ddp" else model, 0.1)
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    as_with_ddp(loop, world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_ranks_hear_of_a_gradient_that_is_not_finite(world_size):
+    def run(stage):
+        model = wrapped(stage)
+        answers = []
+        for value in (1.0, float("nan"), float("inf")):
+            (loss_of(model, 0) + 0 * value).backward()
+            answers.append(model.grads_are_finite())
+            *_, last = model.parameters()  # of which at least one rank has nothing
+            if last.numel():
+                last.grad[-1:] = value
+            with zero_ref.trace() as trace:
+                answers.append(model.grads_are_finite())
+            model.zero_grad()
+        assert trace.wire_bytes() == (0 if stage == 0 else 8 * (world_size - 1))
+        return answers
+
+    for by_stage in toy.ranks(lambda: [run(stage) for stage in STAGES], world_size):
+        for answers in by_stage:
+            assert answers == [True, True, True, False, True, False] or (
+                answers[:3] == [True, True, False])
+
+
+TERMS = {
+    "squares": lambda p: p.square().sum(), "absolute": lambda p: p.abs().sum(),
+    "distance": lambda p: (p - 1).pow(2).sum(), "of two": lambda p: (p * p).sum() * 2,
+}
+WRONG = {
+    "norm": lambda p: p.norm(), "torch.norm": lambda p: torch.norm(p, 2),
+    "mean": lambda p: p.abs().mean(), "distance": lambda p: (p - 1).norm(),
+    "max": lambda p: p.abs().max(), "root": lambda p: p.square().sum().sqrt(),
+    "power": lambda p: p.square().sum() ** 0.5, "of a cat": lambda p: torch.cat([p, p]).norm(),
+    "std": lambda p: p.std(), "of a sum": lambda p: (1 + 3 * (p * p).sum()).sqrt(),
+}
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_sums_over_parameters_in_a_loss(term):
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(3):
+            loss = loss_of(model, step) + 0.1 * sum(map(TERMS[term], model.parameters()))
+            assert f"{loss:.2f}" and loss.item() > 0 and bool(loss.detach().exp() > 0)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    as_with_ddp(loop, 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_no_sum_of_parts_gives_is_refused_in_a_loss(world_size):
+    def run(stage):
+        model = wrapped(stage)
+        for p in model.parameters():
+            for wrong in WRONG.values():
+                refused(lambda p=p, wrong=wrong: wrong(p), "sums of squares or of absolute")
+        refused(lambda: torch.autograd.grad(loss_of(model, 0), [*model.parameters()]),
+                "autograd works on the module's own parameters")
+
+    toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], world_size)
+
+
+# ---- values, attributes, types -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("how", ["swap", "clamp", "assign", "vector"])
+def test_what_is_written_through_data_is_followed(how, world_size):
+    def loop(kind, **options):
+        model = wrapped(kind, **options)
+        opt = torch.optim.SGD(model.parameters(), lr=0.3)
+        shadow = [p.detach().clone() for p in model.parameters()]
+        seen = []
+        for step in range(3):
+            loss_of(model, step).backward()
+            opt.step()
+            opt.zero_grad()
+            params = [*model.parameters()]
+            if how == "swap":  # averaged weights for the evaluation, and back
+                for s, p in zip(shadow, params):
+                    s.mul_(0.9).add_(p.detach(), alpha=0.1)
+                stored = [p.detach().clone() for p in params]
+                for s, p in zip(shadow, params):
+                    p.data.copy_(s.data)
+                with torch.no_grad():
+                    seen.append(model(data(7, 0)))
+                for s, p in zip(stored, params):
+                    p.data.copy_(s.data)
+            elif how == "vector":
+                vector = nn.utils.parameters_to_vector(params).detach()
+                nn.utils.vector_to_parameters(vector * 0.9, params)
+            else:
+                for p in params:
+                    if how == "assign":
+                        p.data = p.data * 0.9
+                    else:
+                        p.data.clamp_(-0.1, 0.1)
+        return {**weights(model), **{f"seen{i}": s for i, s in enumerate(seen)}}
+
+    as_with_ddp(loop, world_size)
+    toy.stages_agree(loop, world_size, mixed_precision=zero_ref.MixedPrecision())
+
+
+def test_data_of_another_shape_and_reading_on_one_rank():
+    def run(stage):
+        model = wrapped(stage)
+        p = next(model.parameters())
+        refused(lambda: setattr(p, "data", torch.zeros(p.numel() + 1)), "lies in a flat buffer")
+        refused(lambda: setattr(p, "data", p.data.double()), "lies in a flat buffer")
+        with zero_ref.trace() as trace:
+            if dist.get_rank() == 0:
+                assert p.data.mean() is not None
+            loss_of(model, 0)
+        assert all(event.phase == "forward" for event in trace.events)  # nothing was followed
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_attributes_travel_with_the_parameter(world_size):
+    def loop(kind):
+        module = net()
+        module[0].bias.spared = module[2].weight.spared = True
+        model = (nn.parallel.DistributedDataParallel(module) if kind == "ddp"
+                 else zero_ref.wrap(module, kind))
+        spared = [p for p in model.parameters() if getattr(p, "spared", False)]
+        others = [p for p in model.parameters() if not hasattr(p, "spared")]
+        assert len(spared) == len(others) == 2
+        opt = torch.optim.AdamW([{"params": others, "weight_decay": 0.5}, {"params": spared}],
+                                lr=0.05, weight_decay=0.0)
+        for step in range(3):
+            loss_of(model, step).backward()
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    as_with_ddp(loop, world_size)
+
+
+def make(kind, params):
+    return kind(params, lr=0.01)
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE, ids=lambda kind: kind.__name__)
+def test_optimizer_states_are_plain_and_say_whose_they_are(kind):
+    def run(stage):
+        model = wrapped(stage)
+        opt = make(kind, model.parameters())
+        if kind is torch.optim.SGD:
+            opt = kind(model.parameters(), lr=0.01, momentum=0.9)
+        types = []
+        model_step = opt.step
+
+        def closure():
+            types.extend(type(p) for p in model.parameters())
+            opt.zero_grad()
+            loss = loss_of(model, len(types))
+            loss.backward()
+            return loss
+
+        loss_of(model, 0).backward()
+        for _ in range(2):
+            model_step(closure)
+        assert set(types) == {nn.Parameter}  # of which torch's default chooses foreach on a GPU
+        assert {type(p) for p in model.parameters()} == {MasterParameter}
+        for state in opt.state.values():
+            assert all(type(value) in (torch.Tensor, int, float) for value in state.values())
+        file = io.BytesIO()
+        torch.save(opt.state_dict(), file)
+        file.seek(0)
+        again = make(kind, model.parameters())
+        again.load_state_dict(torch.load(file, weights_only=True))
+        loss_of(model, 1).backward()
+        again.step()
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_another_ranks_states_are_refused(world_size):
+    def run(stage, saved_at, theirs=True):
+        model = wrapped(saved_at)
+        opt = torch.optim.Adam(model.parameters(), lr=0.05)
+        loss_of(model, 0).backward()
+        opt.step()
+        box = [opt.state_dict()]
+        if theirs:
+            dist.broadcast_object_list(box, 0)
+        model = wrapped(stage)
+        opt = torch.optim.Adam(model.parameters(), lr=0.05)
+        opt.load_state_dict(box[0])
+        loss_of(model, 1).backward()
+        if stage == 0 == saved_at or not theirs or (stage > 0 and dist.get_rank() == 0 < saved_at):
+            opt.step()
+        else:
+            refused(opt.step, "has loaded states of")
+
+    def outcomes():
+        for stage, saved_at in ((0, 0), (1, 0), (0, 1)):
+            run(stage, saved_at)
+        for stage, saved_at in ((1, 1), (2, 3), (3, 2)):
+            run(stage, saved_at, theirs=False)  # all stages from 1 on have the same slices
+
+    toy.ranks(outcomes, world_size)
+    for stage in (1, 2, 3):
+        sentence = r"has loaded states of slices of rank 0 of \d, and here it updates slices of"
+
+        def loads_rank_0s(stage=stage):
+            model = wrapped(stage)
+            opt = torch.optim.Adam(model.parameters(), lr=0.05)
+            loss_of(model, 0).backward()
+            opt.step()
+            box = [opt.state_dict()]
+            dist.broadcast_object_list(box, 0)
+            opt.load_state_dict(box[0])
+            opt.zero_grad()
+            loss_of(model, 1).backward()
+            opt.step()
+
+        with pytest.raises(zero_ref.RankError, match=sentence):
+            toy.ranks(loads_rank_0s, world_size)
+
+
+# ---- gradients that never come -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_backward_that_names_the_optimizers_parameters(world_size):
+    def run(stage):
+        model = wrapped(stage)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        opt.step()  # as a scheduler wants it before the first forward
+        loss_of(model, 0).backward(inputs=[*model.parameters()])
+        refused(opt.step, r"step\(\) without any gradient, after a forward")
+        loss_of(model, 0).backward()
+        opt.step()
+        with torch.no_grad():
+            model(data(1))
+        opt.zero_grad()
+        opt.step()  # without a gradient, as DDP allows
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], world_size)
+
+
+def test_a_backward_that_names_the_modules_parameters():
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            loss = F.mse_loss(model(data(step)), torch.ones(4, 3))
+            loss.backward(inputs=None if kind == "ddp" else [*model.module.parameters()])
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    for agree in toy.ranks(lambda: [toy.close(loop(stage), loop("ddp")) for stage in (0, 1, 2)], 2,
+                           dtype=torch.float64):
+        assert all(agree)
