@@ -75,7 +75,7 @@ class GradSlice(Marked):
                 "model.grads_are_finite(), which asks all ranks")
 
 
-_IS_LOCAL = ("this gradient is local, for the last backward ran inside no_sync(): the next backward "
+_IS_LOCAL = ("this gradient is local, for the last backward ran inside no_sync(): the next one "
              "outside of it reduces what has added up; optimizer.zero_grad() drops it")
 
 
