@@ -131,7 +131,7 @@ def _sum(parts: Tensors, out: Tensor, divide_by: int) -> None:
     On a CPU piece by piece, each small enough to stay in its cache from one operation to the next.
     `out` may be one of the parts: what it held has been added when it is written to.
     """
-    if out.is_complex():  # complex operations lose the sign of a zero, which engine/backward.py reads
+    if out.is_complex():  # its operations lose the sign of a zero: see engine/backward.py
         parts, out = [torch.view_as_real(part) for part in parts], torch.view_as_real(out)
     size = _CACHED if out.device.type == "cpu" else max(out.numel(), 1)
     for *pieces, result in zip(*[part.split(size) for part in (*parts, out)]):
