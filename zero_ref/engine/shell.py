@@ -4,11 +4,13 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 
@@ -75,7 +77,8 @@ class Shell(nn.Module):
         if self.mixed_precision is not None:
             hooks += self.mixed_precision.watch_kept(self.module)
             hooks += self.mixed_precision.guard_state_dict(self)
-        # torch.compile may compile the units, but not our hooks.
+        # torch.compile may compile the module and its units, but neither our hooks nor our code.
+        _leave_our_code_to_python()
         before = torch.compiler.disable(self._weak_hook("_pre_forward"))
         for submodule in {unit.module for unit in self.units} - {self.module}:
             # First, before a hook of the user's may want to see the parameters.
@@ -300,6 +303,13 @@ class Shell(nn.Module):
         raise RuntimeError("a wrapped model cannot be copied or pickled, because it belongs to a "
                            "process group: copy `model.module` inside `with model.full_params():`, "
                            "or save model.state_dict()")
+
+
+@cache
+def _leave_our_code_to_python() -> None:
+    """Where torch.compile compiles a wrapped model, it goes on to the module inside."""
+    for name in ("comm", "engine", "partition", "stage0", "stage1", "stage2", "stage3"):
+        torch._dynamo.trace_rules.add(f"zero_ref.{name}")
 
 
 def _unwrap(hooks, members):
