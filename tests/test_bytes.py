@@ -276,7 +276,7 @@ def send_much(op):
     group = dist.group.WORLD
     flat = torch.ones(3 * 500_000)
     own = flat.view(3, -1)[dist.get_rank()]
-    comm.all_gather_object(None, group, phase="barrier")
+    comm.all_gather_json(None, group, phase="barrier")
     before = loopback_bytes()
     with zero_ref.trace() as t:
         if op == "reduce_scatter":
@@ -286,7 +286,7 @@ def send_much(op):
         else:
             getattr(comm, op)(flat, group, unit="", phase="").wait()
     recorded = t.wire_bytes()
-    comm.all_gather_object(None, group, phase="barrier")
+    comm.all_gather_json(None, group, phase="barrier")
     return recorded, loopback_bytes() - before
 
 

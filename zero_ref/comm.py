@@ -19,7 +19,7 @@ The built-in reduce-scatter of NCCL or gloo adds in an order of its own.
 A collective is a generator, which yields what it waits for; engine/transport.py resumes it.
 """
 
-import pickle
+import json
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -85,15 +85,14 @@ def all_reduce(flat: Buffers, group: Group, *, unit: str, phase: str,
     return _issue("all_reduce", flats, group, unit, phase, _all_reduce(flats, group, divide_by))
 
 
-def all_gather_object(obj: object, group: Group, *, phase: str) -> list:
-    """Every rank's (small, picklable) object, in rank order."""
-    as_bytes = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
-    event = _begin("all_gather_object", [as_bytes], group, "", phase)
+def all_gather_json(value: object, group: Group, *, phase: str) -> list:
+    """Every rank's (small) value, in rank order, as JSON gives it back: a tuple is a list then."""
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    event = _begin("all_gather_json", [text], group, "", phase)
     trace.awaited(event)
-    objects: list = [None] * dist.get_world_size(group)
-    dist.all_gather_object(objects, obj, group=group)
+    texts = transport.all_gather_bytes(text, group)
     trace.end(event)
-    return objects
+    return [json.loads(text) for text in texts]
 
 
 # ---- how ----------------------------------------------------------------------------------------
@@ -184,7 +183,7 @@ def _begin(op: str, flats: Tensors, group: Group, unit: str, phase: str) -> trac
         "reduce_scatter": (n - 1) * nbytes // n,
         "all_gather": (n - 1) * nbytes // n,
         "all_reduce": 2 * (n - 1) * nbytes // n,
-        "all_gather_object": (n - 1) * nbytes,
+        "all_gather_json": (n - 1) * nbytes,
     }[op]
     return trace.begin(rank=rank, op=op, unit=unit, phase=phase, numel=numel, dtype=dtype,
                        bytes=nbytes, wire_bytes=wire_bytes)

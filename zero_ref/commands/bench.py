@@ -19,7 +19,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from rich import box
@@ -28,11 +27,12 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from .. import wrap
+from .. import comm, wrap
 from ..engine import transport
 from ..engine.units import find_units
 from ..observe import memory
 from ..observe.trace import loopback_bytes
+from ..ranks import travel
 from ..ranks.pool import Pool
 from ..tasks import files
 from ..tasks.models import GPT, cnn
@@ -92,7 +92,7 @@ def _in_fresh_processes(fn, world_size, backend, *args):
     peak of all ranks."""
     pool = Pool(world_size, backend)
     try:
-        answers = pool.run(cloudpickle.dumps((fn, args)))
+        answers = pool.run(travel.job(fn, args))
     finally:
         pool.close()
     return answers[0] | {"peak": max(answer["peak"] for answer in answers)}
@@ -205,8 +205,8 @@ def _measure(system: str, name: str, device: str, steps: int) -> dict[str, Any]:
     for batch in batches[warm_up:]:
         loss = step(batch)
     seconds = clock() / steps
-    losses = [0.0] * world_size
-    dist.all_gather_object(losses, loss.item())  # also waits for the other ranks
+    # This also waits for the other ranks.
+    losses = comm.all_gather_json(loss.item(), dist.group.WORLD, phase="report")
     sent_after, sent = loopback_bytes(), None
     if sent_before is not None and sent_after is not None:
         sent = (sent_after - sent_before) / steps / world_size

@@ -121,14 +121,14 @@ def count_bytes(make_task: Callable[[], Task], system: System, settings: Setting
             counts.append((sent_after - sent_before) / dist.get_world_size())
     found["counted"] = min(counts, default=None)  # others may send something, too
     found["sent"] = sum(event.wire_bytes for event in sent.events if event.unit != "buffers")
-    found["state_dtypes"] = _state_dtypes(run.optimizer)
+    found["state_dtypes"] = [*map(str, _state_dtypes(run.optimizer))]
     if system.kind == "ours":
         used = [p for name, p in run.model.named_parameters() if name not in settings.unused]
         has_states = [bool(run.optimizer.state.get(p)) for p in used if p.numel()]
         found["all_have_states"] = all(has_states) or not any(has_states)
-        found["units"] = [UnitFacts(
-            u.sizes, u.frozen, u.dtype, u.grad_dtype, u.master.dtype,
-            frozenset(i for i, name in enumerate(u.names) if name in settings.unused))
+        found["units"] = [
+            (u.sizes, u.frozen, [*map(str, (u.dtype, u.grad_dtype, u.master.dtype))],
+             [i for i, name in enumerate(u.names) if name in settings.unused])
             for u in run.model.units]
     return found
 
@@ -214,7 +214,10 @@ class _Run:
 
 @dataclass
 class UnitFacts:
-    """What the formula has to know of a unit. unused: indices of parameters without gradient."""
+    """What the formula has to know of a unit. unused: indices of parameters without gradient.
+
+    On its way from the ranks it is plain data, with names of dtypes, see `unit_facts`.
+    """
 
     sizes: list[int]
     frozen: bool
@@ -222,6 +225,15 @@ class UnitFacts:
     grad_dtype: torch.dtype
     master_dtype: torch.dtype
     unused: frozenset[int]
+
+
+def unit_facts(sizes: list[int], frozen: bool, dtypes: list[str], unused: list[int]) -> UnitFacts:
+    dtype, grad_dtype, master_dtype = map(dtype_named, dtypes)
+    return UnitFacts(sizes, frozen, dtype, grad_dtype, master_dtype, frozenset(unused))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def live_bytes() -> dict[int, int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..engine.precision import own_precision
 from ..engine.tree import tensors_in
 from ..partition import lay_out
+from ..ranks import travel
 from ..tasks.task import Task, seed_everything
 from .measure import Settings
 from .train import describe, prepare_device
@@ -145,7 +145,7 @@ def _loss(task, net, batch):
 def _fingerprint(batch):
     tensors = [t.detach().cpu().contiguous() for t in tensors_in(batch)]
     parts = [t.view(torch.uint8).numpy().tobytes() if t.dim() else str(t).encode()
-             for t in tensors] or [cloudpickle.dumps(batch)]
+             for t in tensors] or [travel.dumps(batch)]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 

@@ -48,7 +48,7 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
             times.append(time.perf_counter() - start)
             show(f"loss {loss_now:.4f}  {samples / times[-1]:,.0f} samples/s  "
                  f"{sum(held.values()) / 1e6:.2f} MB of model states per rank")
-    losses = comm.all_gather_object(loss_now, model.group, phase="report")
+    losses = comm.all_gather_json(loss_now, model.group, phase="report")
     return {
         "task": task.name, "stage": stage, "world_size": world_size, "steps": steps,
         "optimizer": type(opt).__name__, "device": describe(device),

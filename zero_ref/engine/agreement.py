@@ -15,10 +15,11 @@ def agree(options: dict, module: nn.Module, units: Sequence[Unit],
     """Raise the same ValueError on every rank unless all of them plan to do the same."""
     plan: list[tuple] = [(f"{name} =", repr(value)) for name, value in options.items()]
     for unit in units:
-        plan += [(name, tuple(p.shape), str(p.dtype), unit.name)
+        plan += [(name, str(tuple(p.shape)), str(p.dtype), unit.name)
                  for name, p in zip(unit.names, unit.params)]
-    plan += [("buffer", name, tuple(b.shape), str(b.dtype)) for name, b in module.named_buffers()]
-    plans = comm.all_gather_object((problem and str(problem), plan), group, phase="init")
+    plan += [("buffer", name, str(tuple(b.shape)), str(b.dtype))
+             for name, b in module.named_buffers()]
+    plans = comm.all_gather_json((problem and str(problem), plan), group, phase="init")
     if problem:
         raise problem
     for rank, (other_problem, _) in enumerate(plans):

@@ -78,6 +78,21 @@ def broadcast(flat: Tensor, group: Group) -> Steps:
     yield from _exchange(group, "broadcast", send, recv)
 
 
+def all_gather_bytes(data: Tensor, group: Group) -> list[bytes]:
+    """Everybody's bytes, in rank order: first how many each rank has, then all of them, padded."""
+    # The group may carry tensors of GPUs alone.
+    on_cpu = "cpu:" in dist.get_backend_config(group)
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    mine = torch.tensor([data.numel()], device=device)
+    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, mine, group=group)
+    padded = torch.zeros(int(max(counts)), dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    rows = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(rows, padded, group=group)
+    return [bytes(row[:count].tolist()) for row, count in zip(rows, counts)]
+
+
 def _exchange(group: Group, op: str, send: dict[int, Tensor], recv: dict[int, Tensor]) -> Steps:
     """send[r] goes to rank r, recv[r] is filled by rank r. gloo's messages travel through host
     memory, so CUDA tensors are staged there."""

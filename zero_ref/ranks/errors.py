@@ -1,7 +1,10 @@
 """How a failure gets from a rank to the caller: a Failure there, a RankError here."""
 
 import concurrent.futures
+import multiprocessing
 import os
+import queue
+import selectors
 import threading
 import time
 import traceback
@@ -15,9 +18,13 @@ from ..engine import failure
 from .output import name_of_cell
 
 _RUNNERS = os.path.join(os.path.dirname(__file__), "")  # the files around what is launched
-# Of torch, and of how a rank waits for a message.
+# Of torch, and of how a rank waits for a message, or for a worker.
 _LIBRARY = (os.path.dirname(torch.__file__), os.path.dirname(concurrent.futures.__file__),
-            threading.__file__, "<frozen")
+            os.path.dirname(multiprocessing.__file__), threading.__file__, queue.__file__,
+            selectors.__file__, "<frozen")
+
+JOINED = ("the process group is there already, because launch or zero_ref.init() has made it: "
+          "leave out init_process_group() and zero_ref.init() in a function that launch runs")
 
 
 class RankError(RuntimeError):
@@ -60,6 +67,8 @@ def failure_of(error: BaseException) -> Failure:
     failure.annotate(error)
     when, kind = time.monotonic(), type(error).__name__
     try:
+        if "initialize the default process group twice" in str(error):
+            error.args = (JOINED,)
         return Failure(when, kind, str(error), _parts(error))
     except Exception as another:  # an exception that cannot be shown
         return Failure(when, kind, f"(its message raised {type(another).__name__})")

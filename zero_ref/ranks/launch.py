@@ -1,8 +1,8 @@
 """Run a function on several ranks of this machine: `launch(fn, world_size, *args)`.
 
 The rank processes start once and stay for the next call, so that only the first call pays for
-importing torch. pool.py starts and watches them, rank.py is what runs in them, errors.py is how
-a failure gets from there to here.
+importing torch. pool.py starts and watches them, rank.py is what runs in them, travel.py is how a
+function gets there, and errors.py how a failure gets from there to here.
 """
 
 import atexit
@@ -11,10 +11,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 
+from . import errors, travel
 from .errors import Interrupted, RankError
 from .pool import Pool
 from .rank import join
@@ -39,8 +39,8 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any,
     Ranks follow this process's environment variables and folder at each call.
 
     Raises RankError within seconds if a rank fails (all ranks are ended then, and the next call
-    starts new ones), KeyboardInterrupt, ValueError if world_size is below 1, and RuntimeError in a
-    process that is a rank itself.
+    starts new ones), KeyboardInterrupt, ValueError if world_size is below 1 or if something cannot
+    travel to the ranks, such as a lock, and RuntimeError in a process that is a rank itself.
     """
     if type(world_size) is not int or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: must be a whole number, 1 or more")
@@ -48,7 +48,7 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any,
         raise RuntimeError("launch was called in a process that is a rank already; under torchrun "
                            "call zero_ref.init() and run the function itself")
     backend = backend or default_backend(world_size)
-    job = cloudpickle.dumps((fn, args))
+    job = travel.job(fn, args)
     with _one_at_a_time:
         pool = _pools.get((world_size, backend))
         if pool is None or not pool.alive():
@@ -74,8 +74,10 @@ def init(backend: str | None = None) -> torch.device:
 
     backend: by default gloo, and nccl for CUDA tensors too if this machine has a GPU for each of
     its ranks. With nccl, LOCAL_RANK decides which GPU is this rank's. Raises RuntimeError outside
-    torchrun.
+    torchrun, and on ranks that have joined already.
     """
+    if dist.is_available() and dist.is_initialized():
+        raise RuntimeError(errors.JOINED)
     missing = [v for v in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if v not in os.environ]
     if missing:
         raise RuntimeError(f"{', '.join(missing)} not set: zero_ref.init() joins ranks that "

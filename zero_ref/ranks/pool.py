@@ -12,14 +12,13 @@ import os
 import pickle
 import signal
 import sys
+import tempfile
 import time
 import types
 from collections.abc import Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any
-
-import torch.distributed as dist
 
 from . import rank as rank_side
 from .errors import Failure, RankError, formatted
@@ -33,7 +32,8 @@ class Pool:
 
     def __init__(self, world_size: int, backend: str):
         self.backend = backend
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        # Where the ranks find each other: nobody but this user can open it.
+        self.meeting = tempfile.TemporaryDirectory(prefix="zero_ref-")
         context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
         if os.name == "posix":
             # The first optimizer of a process imports torch._dynamo, in more than a second: once
@@ -56,7 +56,7 @@ class Pool:
                 multiprocessing.forkserver.ensure_running()
         for rank in range(world_size):
             (job, job_there), (control, control_there) = context.Pipe(), context.Pipe()
-            place = (rank, world_size, self.backend, self.store.port)
+            place = (rank, world_size, self.backend, self.meeting.name)
             process = context.Process(target=rank_side.main, name=f"rank {rank}",
                                       args=(*place, job_there, control_there))
             self.ranks.append(process)
@@ -71,18 +71,23 @@ class Pool:
         return bool(self.ranks) and all(process.is_alive() for process in self.ranks)
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """End the processes, whatever they are doing, and those that they have started."""
         started = [process for process in self.ranks if process.pid]
         for process in started:
+            if os.name == "posix" and process.pid:
+                with suppress(OSError):  # gone, or not yet the leader of a group
+                    os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         for process in started:
             process.join()
         self.ranks = []
+        self.meeting.cleanup()
 
     def run(self, job: bytes) -> list[Any]:
         """Run a pickled (fn, args) on every rank. Returns their results in rank order.
 
-        Raises RankError if a rank fails. The pool is of no use then: close it.
+        Raises RankError if a rank fails. The pool is of no use then: close it. It closes itself if
+        a function has destroyed the process group.
         """
         message = pickle.dumps((dict(os.environ), os.getcwd(), job))
         for to_rank in self.jobs:
@@ -91,7 +96,7 @@ class Pool:
         failures: dict[int, Failure] = {}
         self.unfinished = set(range(len(self.ranks)))
         waiting: dict[Any, int] = dict(zip(self.jobs, range(len(self.jobs))))
-        deadline = math.inf
+        deadline, group_is_there = math.inf, True
         with output(len(self.ranks)) as shown:
             while waiting and time.monotonic() < deadline:
                 wake = min(deadline, shown.due())
@@ -104,13 +109,16 @@ class Pool:
                         continue
                     shown.done(rank)
                     self.unfinished.discard(rank)
-                    (results if kind == "done" else failures)[rank] = value
+                    (failures if kind == "failed" else results)[rank] = value
                     del waiting[connection]
+                    group_is_there &= kind != "left"
                     if kind == "failed":
                         deadline = min(deadline, time.monotonic() + _GRACE)
         if failures:
             raise self._error(failures, sorted(waiting.values()))
-        return [results[rank] for rank in range(len(self.ranks))]
+        if not group_is_there:
+            self.close()
+        return [results[rank] for rank in sorted(results)]
 
     def _receive(self, connection, rank):
         try:

@@ -4,7 +4,9 @@ import io
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -14,12 +16,12 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import cloudpickle
 import torch
 import torch.distributed as dist
 
-from . import errors
+from . import errors, travel
 
+_INTERFACE = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"}  # where backends connect the ranks
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 
 
@@ -37,29 +39,42 @@ def join(backend: str, local_rank: int, **rendezvous: Any) -> torch.device:
     return device
 
 
-def main(rank: int, world_size: int, backend: str, port: int, jobs: Connection,
+def main(rank: int, world_size: int, backend: str, meeting: str, jobs: Connection,
          control: Connection) -> None:
     """Run what comes through `jobs`, one after another, until the caller is gone.
 
-    Answers ("line", text) for each printed line, then ("done", result) or ("failed", Failure).
-    port: of the store through which the ranks find each other. control: where `where` asks.
+    Answers ("line", text) for each printed line, then ("done", result) or ("failed", Failure), or
+    ("left", result) if the process group is another one now, or none. meeting: the folder where
+    the ranks find each other. control: where `where` asks.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the caller decides
-    threading.Thread(target=_answer_or_end, args=(control,), daemon=True).start()
-    if os.path.exists("/sys/class/net/lo"):  # all ranks are here: do not depend on the host's name
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _prepare_for_workers(jobs, control)
+    threading.Thread(target=_answer_or_end, args=(control, meeting), daemon=True).start()
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    for variable in _INTERFACE if loopback else ():  # all ranks are here: nobody else may connect
+        os.environ.setdefault(variable, *loopback)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     torch.set_num_threads(max(1, (cores or 1) // world_size))
 
     one_at_a_time = threading.Lock()  # a rank's threads may print, too
+    this_process = os.getpid()
 
     def send(kind: str, value: Any) -> None:
-        message = cloudpickle.dumps((kind, value))
+        if os.getpid() != this_process:  # a worker, which cannot answer for the rank
+            if kind == "line":
+                print(f"[rank {rank}] {value}", file=sys.__stdout__, flush=True)
+                return
+            os._exit(kind == "failed")
+        try:
+            message = travel.dumps((kind, value))
+        except Exception as error:
+            raise ValueError("what the function returned cannot travel to the caller "
+                             f"({travel.said(error)}): return numbers, tensors or other plain data"
+                             ) from None
         with one_at_a_time:
             jobs.send_bytes(message)
 
-    joined = False
-    own_names = {"GLOO_SOCKET_IFNAME"}
+    group = None
     while True:
         try:
             environment, folder, job = pickle.loads(jobs.recv_bytes())
@@ -67,19 +82,19 @@ def main(rank: int, world_size: int, backend: str, port: int, jobs: Connection,
             return
         lines = _Lines(send)
         try:
-            for name in os.environ.keys() - environment.keys() - own_names:
+            for name in os.environ.keys() - environment.keys() - _INTERFACE:
                 del os.environ[name]
             os.environ.update(environment)
             os.chdir(folder)
-            if not joined:
-                store = dist.TCPStore("127.0.0.1", port, is_master=False)
+            if group is None:
+                store = dist.FileStore(os.path.join(meeting, "store"), world_size)
                 join(backend, rank, store=store, rank=rank, world_size=world_size)
-                joined = True
+                group = dist.group.WORLD
             fn, args = pickle.loads(job)
             with redirect_stdout(lines):
                 result = fn(*args)
             lines.close_line()
-            send("done", result)
+            send("done" if dist.group.WORLD is group else "left", result)
         except BaseException as error:
             lines.close_line()
             send("failed", errors.failure_of(error))
@@ -102,7 +117,19 @@ class _Lines(io.TextIOBase):
             self.write("\n")
 
 
-def _answer_or_end(control):
+def _prepare_for_workers(jobs, control):
+    """Processes that a launched function starts, such as a DataLoader's workers."""
+    # Classes and functions of the script came here by value, so that workers can have them only if
+    # they are forked. In ranks, multiprocessing would otherwise go on to use a fork server.
+    multiprocessing.set_start_method("fork" if sys.platform == "linux" else None, force=True)
+    if os.name == "posix":
+        os.setpgid(0, 0)  # workers are in the rank's process group, and end together with it
+        # The caller hears that a rank has died from its connections, once nobody has them open.
+        os.register_at_fork(after_in_child=jobs.close)
+        os.register_at_fork(after_in_child=control.close)
+
+
+def _answer_or_end(control, meeting):
     """In a thread of its own: tell where the main thread is, and end with the caller."""
     parent = multiprocessing.parent_process()
     main_thread = threading.main_thread().ident
@@ -120,4 +147,7 @@ def _answer_or_end(control):
         # The caller's lines, and what they have come to.
         inside = [frame for frame in launched[-1:] if frame not in theirs]
         control.send(traceback.StackSummary([*theirs[-2:], *inside]))
+    shutil.rmtree(meeting, ignore_errors=True)  # the caller could not
+    if os.name == "posix":
+        os.killpg(0, signal.SIGKILL)
     os._exit(1)

@@ -10,7 +10,7 @@ FORWARD, BACKWARD = "#C4C4C4", "#8A8A8A"  # a rank that computes
 
 KINDS = {"parameters": PARAMETERS, "gradients": GRADIENTS, "optimizer": OPTIMIZER}
 SHORT = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "broadcast": "BC",
-         "all_gather_object": "AG"}
+         "all_gather_json": "AG"}
 
 
 def tint(colour: str, share: float = 0.6) -> str:
