@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .. import MixedPrecision
+from .. import MixedPrecision, comm
 from ..observe import memory
 from ..partition import Layout
+from ..ranks import travel
 from ..ranks.launch import RankError, launch
 from ..tasks.task import Task, adam
 from . import measure
@@ -73,6 +74,8 @@ def run(make_task: Callable[[], Task], stages: Sequence[int], world_size: int, *
     ours = [measure.stage(number) for number in sorted({0, *stages})]
     others = [measure.users(name, wrap_like, number)
               for name, wrap_like in (systems or {}).items() for number in sorted({*stages})]
+    if not dist.is_initialized():
+        travel.job(measure.measure, (make_task, *others))  # what cannot travel is refused first
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
         settings = Settings(steps, seed, device, mixed_precision, Path(folder))
@@ -145,8 +148,7 @@ def _on_ranks_that_are_there(fn, *args):
         answer = fn(*args)
     except Exception as exception:
         error = type(exception).__name__, str(exception)
-    answers: list = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, (answer, error))
+    answers = comm.all_gather_object((answer, error), dist.group.WORLD, phase="report")
     for rank, (_, error) in enumerate(answers):
         if error is not None:
             raise RankError(f"rank {rank} raised {error[0]}: {error[1]}", rank, *error)
@@ -184,15 +186,17 @@ def _row(system: System, ranks: list[dict] | None, reason: str | None, reference
         "formula_bytes": None, "formula_sent_bytes": None,
     }
     if system.name == "stage 0":
-        facts["units"] = first["units"]
+        facts["units"] = [measure.unit_facts(*fields) for fields in first["units"]]
     if system.stage is None or "units" not in facts:
         return row
-    ours = system.kind == "ours"
+    ours, named = system.kind == "ours", measure.dtype_named
+    state_dtypes = {named(dtype): [*map(named, of_states)]
+                    for dtype, of_states in first["state_dtypes"].items()}
     if ours:
-        formulas = [formula(facts["units"], world_size, system.stage, rank, first["state_dtypes"],
+        formulas = [formula(facts["units"], world_size, system.stage, rank, state_dtypes,
                             settings.mixed_precision) for rank in range(world_size)]
     else:
-        formulas = [formula_of_ddp(facts["units"], first["state_dtypes"])]
+        formulas = [formula_of_ddp(facts["units"], state_dtypes)]
     row["formula_bytes"] = max(formulas, key=lambda d: sum(d.values()))
     if facts["once"]:
         row["formula_sent_bytes"] = formula_sent(facts["units"], world_size, system.stage)

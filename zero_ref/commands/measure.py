@@ -130,9 +130,9 @@ def count_bytes(make_task: Callable[[], Task], system: System, settings: Setting
         has_states = [bool(run.optimizer.state.get(p)) for p in used if p.numel()]
         found["all_have_states"] = (isinstance(run.optimizer, ELEMENTWISE)
                                     and (all(has_states) or not any(has_states)))
-        found["units"] = [UnitFacts(
-            u.sizes, u.frozen, u.dtype, u.grad_dtype, u.master.dtype,
-            frozenset(i for i, name in enumerate(u.names) if name in settings.unused))
+        found["units"] = [
+            (u.sizes, u.frozen, [*map(str, (u.dtype, u.grad_dtype, u.master.dtype))],
+             [i for i, name in enumerate(u.names) if name in settings.unused])
             for u in run.model.units]
     return found
 
@@ -143,12 +143,12 @@ def _median(seconds):
 
 
 def _state_dtypes(optimizer):
-    """Of what the optimizer keeps for each element, by the parameter's dtype."""
+    """Names of the dtypes of what the optimizer keeps for each element, by the parameter's."""
     found = {}
     for p, state in optimizer.state.items():
         if p.numel():
-            found.setdefault(p.dtype, [
-                value.dtype for key, value in state.items()
+            found.setdefault(str(p.dtype), [
+                str(value.dtype) for key, value in state.items()
                 if key != "step" and getattr(value, "shape", None) == p.shape])
     return found
 
@@ -226,7 +226,10 @@ class _Run:
 
 @dataclass
 class UnitFacts:
-    """What the formula has to know of a unit. unused: indices of parameters without gradient."""
+    """What the formula has to know of a unit. unused: indices of parameters without gradient.
+
+    On its way from the ranks it is plain data, with names of dtypes, see `unit_facts`.
+    """
 
     sizes: list[int]
     frozen: bool
@@ -239,6 +242,15 @@ class UnitFacts:
 def groups(optimizer: torch.optim.Optimizer) -> list[int]:
     """How many trainable parameters are in each group."""
     return [sum(p.requires_grad for p in group["params"]) for group in optimizer.param_groups]
+
+
+def unit_facts(sizes: list[int], frozen: bool, dtypes: list[str], unused: list[int]) -> UnitFacts:
+    dtype, grad_dtype, master_dtype = map(dtype_named, dtypes)
+    return UnitFacts(sizes, frozen, dtype, grad_dtype, master_dtype, frozenset(unused))
+
+
+def dtype_named(name: str) -> torch.dtype:
+    return getattr(torch, name.removeprefix("torch."))
 
 
 def live_bytes() -> dict[int, int]:
