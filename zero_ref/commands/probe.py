@@ -134,6 +134,9 @@ def _build(task, settings):
             isinstance(m, torch.jit.ScriptModule) for m in net.modules()):
         raise ValueError(f"build() of {task.name} returned a module with TorchScript in it, which "
                          "takes no hooks: return it as it is before torch.jit.script")
+    if isinstance(net, nn.Module) and not any(p.requires_grad for p in net.parameters()):
+        raise ValueError(f"{type(net).__name__} has no trainable parameters: build() of "
+                         f"{task.name} has to return a module that can be trained")
     if isinstance(net, nn.Module) and any(p.is_meta for p in net.parameters()):
         raise ValueError(f"build() of {task.name} returned a module on the meta device, which DDP "
                          "cannot train: build it on a real one")
