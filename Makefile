@@ -2,6 +2,7 @@
 # make compare       the main job: all stages side by side on real data
 # make quick         after each edit, half a minute: ruff, mypy, tests without ranks, a few with them
 # make test          all checks: ruff, mypy, pytest, and the notebooks once more
+# make test-newest   pytest with the newest release of everything, in an environment of its own
 # make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
 # make notebooks     runs all notebooks and keeps what they print and show
 # make figures       draws the figures anew, from runs; make bench draws its own
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAB_CONFIG := .venv/etc/jupyter/labconfig/page_config.json
 
-.PHONY: compare quick test bench scale figures lab notebooks test-browser clean
+.PHONY: compare quick test bench scale figures lab notebooks test-browser test-newest clean
 
 compare: .venv/.installed
 	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
@@ -36,6 +37,13 @@ test: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
 	$(BIN)/pytest --nbval notebooks/
+
+# What people get who install without the pins.
+test-newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check \
+	    --upgrade --upgrade-strategy eager -e '.[test]'
+	.venv-newest/bin/pytest $(ARGS)
 
 bench: .venv/.installed
 	$(BIN)/zero-ref bench --model CNN 3M 15M 57M --rounds 3 --json figures/bench.json \
@@ -77,4 +85,4 @@ test-browser: .venv/.installed-browser
 	@touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-newest

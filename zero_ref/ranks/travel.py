@@ -16,7 +16,7 @@ import torch
 
 
 def dumps(value: object) -> bytes:
-    """`value` for pickle.loads in a process that can import the same modules."""
+    """`value` as bytes, for `pickle.loads` in a process that can import the same modules."""
     with io.BytesIO() as file:
         _Pickler(file).dump(value)
         return file.getvalue()
