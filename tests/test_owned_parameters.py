@@ -219,7 +219,8 @@ WRONG = {
     "mean": lambda p: p.abs().mean(), "distance": lambda p: (p - 1).norm(),
     "max": lambda p: p.abs().max(), "root": lambda p: p.square().sum().sqrt(),
     "power": lambda p: p.square().sum() ** 0.5, "of a cat": lambda p: torch.cat([p, p]).norm(),
-    "std": lambda p: p.std(), "of a sum": lambda p: (1 + 3 * (p * p).sum()).sqrt(),
+    "std": lambda p: p.std(), "some": lambda p: p[:2].square().sum(),
+    "of a sum": lambda p: (1 + 3 * (p * p).sum()).sqrt(),
 }
 
 
@@ -327,6 +328,14 @@ def test_attributes_travel_with_the_parameter(world_size):
         return weights(model)
 
     as_with_ddp(loop, world_size)
+
+    def built_on_meta():
+        with torch.device("meta"):
+            module = nn.Linear(3, 3)
+        module.bias.spared = True
+        return [getattr(p, "spared", False) for p in zero_ref.wrap(module, 3).parameters()]
+
+    assert toy.ranks(built_on_meta, world_size) == [[False, True]] * world_size
 
 
 def make(kind, params):

@@ -48,7 +48,10 @@ def _give_memory(unit, device):
     unit.flat = torch.zeros(unit.padded_numel, dtype=unit.params[0].dtype, device=device)
     # Empty at first: made from a view, a parameter would share the version counter with the flat
     # buffer, and autograd would take a gather for a change of the parameter.
-    unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad) for p in unit.params]
+    on_meta = unit.params
+    unit.params = [nn.Parameter(unit.flat.new_empty(0), p.requires_grad) for p in on_meta]
+    for p, original in zip(unit.params, on_meta):
+        p.__dict__.update(original.__dict__)  # what the user has put there
     for view in unit.full_views(unit.flat):
         view.fill_(_marker(view))
     unit.point_to(unit.flat)

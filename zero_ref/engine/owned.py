@@ -19,11 +19,14 @@ _NORMS = {
     "allclose", "histc", "unique", "sort", "argsort", "topk", "cumsum", "cumprod", "dot", "vdot",
     "inner", "cosine_similarity", "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "cov"}
 _SUMS = {"sum", "nansum"}
+_PICKS = {"__getitem__", "index_select", "masked_select", "gather", "take"}  # others on every rank
 _VALUES = {"item", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
 # What is not linear, so that of parts of a sum it does not give what it gives of the sum.
 _NOT_LINEAR = {"sqrt", "sqrt_", "rsqrt", "rsqrt_", "pow", "pow_", "__pow__", "__rpow__", "square",
                "square_", "exp", "exp_", "log", "log_", "log1p", "reciprocal", "__rtruediv__",
-               "__rdiv__", "float_power", "norm", "vector_norm", "prod"}
+               "__rdiv__", "float_power", "norm", "vector_norm", "prod", "abs", "relu", "clamp",
+               "max", "min", "maximum", "minimum", "log2", "log10", "expm1", "sigmoid", "tanh",
+               "softplus"}
 
 
 _UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"  # torch's GradScaler
@@ -118,7 +121,8 @@ class InLoss(Marked):
 
     @classmethod
     def refuse(cls, name, args):
-        if name in _NORMS and not _of_two(name, args):
+        if (name in _NORMS and not _of_two(name, args)) or (
+                name in _PICKS and torch.is_grad_enabled()):
             raise RuntimeError(
                 f"`{name.strip('_')}` of a parameter's slice, which is all that this rank has of "
                 "it, is not that of the parameter. In a loss, sums of squares or of absolute "
@@ -172,11 +176,11 @@ class MasterParameter(nn.Parameter):
             if name in ("__get__", "__set__") or not any(
                     getattr(leaf, "is_slice", False) for leaf in tree_leaves((args, kwargs))):
                 return func(*args, **(kwargs or {}))
-            if name in _SUMS | _NORMS:
+            if name in _SUMS | _NORMS | _PICKS:
                 args = tree_map(lambda x: x.as_subclass(InLoss) if isinstance(x, cls) else x, args)
             else:
                 result = func(*args, **(kwargs or {}))
-        if name in _SUMS | _NORMS:
+        if name in _SUMS | _NORMS | _PICKS:
             return func(*args, **(kwargs or {}))
         return tree_map(lambda x: x.as_subclass(InLoss) if type(x) is Tensor and x.requires_grad
                         else x, result)
