@@ -52,6 +52,8 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any,
     with _one_at_a_time:
         pool = _pools.get((world_size, backend))
         if pool is None or not pool.alive():
+            if pool is not None:
+                pool.close()  # one of its ranks has died meanwhile
             pool = _pools[world_size, backend] = Pool(world_size, backend)
         try:
             return pool.run(job)

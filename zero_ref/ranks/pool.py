@@ -74,10 +74,9 @@ class Pool:
         """End the processes, whatever they are doing, and those that they have started."""
         started = [process for process in self.ranks if process.pid]
         for process in started:
-            if os.name == "posix" and process.pid:
-                with suppress(OSError):  # gone, or not yet the leader of a group
-                    os.killpg(process.pid, signal.SIGKILL)
-            process.kill()
+            if process.is_alive():
+                _end_group(process)
+                process.kill()  # it may not lead its group yet
         for process in started:
             process.join()
         self.ranks = []
@@ -133,6 +132,7 @@ class Pool:
 
     def _how_it_ended(self, rank):
         self.ranks[rank].join(1)
+        _end_group(self.ranks[rank])
         code = self.ranks[rank].exitcode
         how = signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
         return Failure(time.monotonic(), "ProcessDied", f"its process ended with {how}")
@@ -167,6 +167,14 @@ class Pool:
             place = "  (no answer)" if frames is None else "  (between two calls)"
             text.append(f"rank {rank} was still at\n{formatted(frames) if frames else place}")
         return text
+
+
+def _end_group(process):
+    """End a rank and the workers that it has started. Its number may be another's after a while, so
+    not long after its death."""
+    if os.name == "posix":
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager
