@@ -23,8 +23,8 @@ _LIBRARY = (os.path.dirname(torch.__file__), os.path.dirname(concurrent.futures.
             os.path.dirname(multiprocessing.__file__), threading.__file__, queue.__file__,
             selectors.__file__, "<frozen")
 
-JOINED = ("the process group is there already, as launch or zero_ref.init() has made it: leave "
-          "out init_process_group() and zero_ref.init() in a function that launch runs")
+JOINED = ("the process group is there already, because launch or zero_ref.init() has made it: "
+          "leave out init_process_group() and zero_ref.init() in a function that launch runs")
 
 
 class RankError(RuntimeError):
