@@ -237,7 +237,7 @@ def test_what_cannot_travel_in_a_comparison_is_named_before_anything_is_trained(
 
 
 def test_ranks_exchange_json():
-    answers = zero_ref.launch(lambda: comm.all_gather_json(
+    answers = zero_ref.launch(lambda: comm.all_gather_object(
         (dist.get_rank(), "é" * dist.get_rank(), None), dist.group.WORLD, phase=""), 3)
     assert answers == [[[0, "", None], [1, "é", None], [2, "éé", None]]] * 3
 

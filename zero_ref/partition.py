@@ -117,9 +117,9 @@ class Unit(Layout):
             self.shard = self.shard.clone()  # memory of its own
         mixed = self.dtype != full.dtype and not self.frozen
         self.master = full[self.shard_slice].clone() if mixed else self.shard
-        owner = self.rank if keeps.states == SHARD else None
-        self.master_params = [master_parameter(view, p, owner, self.world_size)
-                              for view, p in zip(self.master_views(self.master), self.params)]
+        self.master_params = [
+            master_parameter(view, p, self.span(i, self.rank) if keeps.states == SHARD else None)
+            for i, (p, view) in enumerate(zip(self.params, self.master_views(self.master)))]
         self.version = self.master._version
 
     @property

@@ -32,7 +32,7 @@ def watch(model) -> list:
             hide_local(units)
             _refuse_unreduced(optimizer, units)
             _refuse_unreached(ref(), optimizer)
-            _refuse_others_states(ref(), optimizer)
+            _refuse_others_states(optimizer)
             _refuse_moved(units)
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
@@ -103,21 +103,26 @@ def _refuse_unreached(model, optimizer):
     if model.awaits_backward and not any(p.grad is not None for p in held):
         raise RuntimeError(
             f"{type(optimizer).__name__}.step() without any gradient, after a forward whose "
-            "backward has not come by the model: loss.backward(inputs=…) has to name the module's "
-            "own parameters, [*model.module.parameters()], at stages 0 to 2; loss.backward() "
-            "reaches them at every stage")
+            "backward has not come by the model: if it was loss.backward(inputs=…), leave the "
+            "inputs out")
 
 
-def _refuse_others_states(model, optimizer):
-    """A slice's states fit that slice alone. An entry of each group says whose states it has, and
-    is saved and loaded with them."""
+def _refuse_others_states(optimizer):
+    """States fit the elements that they were made for. Each group says which these are, and what it
+    says is saved and loaded with the states."""
     for group in optimizer.param_groups:
-        ours = " and ".join(sorted({getattr(p, "whose", "others") for p in group["params"]}))
-        if group.setdefault("zero_ref", ours) != ours:
-            raise RuntimeError(
-                f"this {type(optimizer).__name__} has loaded states of {group['zero_ref']}, and "
-                f"here it updates {ours}: load what optimizer.state_dict() gave on the same rank, "
-                "with as many ranks, at stage 0 or at one of the stages 1 to 3")
+        ours = [getattr(p, "elements", None) for p in group["params"]]
+        theirs = group.setdefault("zero_ref_elements", ours)
+        for p, loaded, own in zip(group["params"], theirs, ours):
+            sizes = {value.numel() for value in optimizer.state.get(p, {}).values()
+                     if isinstance(value, torch.Tensor) and value.ndim} if theirs is ours else set()
+            if loaded != own or (own != "all" and not sizes <= {p.numel()}):
+                what = f"elements {loaded}" if loaded != own else f"{max(sizes)} elements"
+                raise RuntimeError(
+                    f"this {type(optimizer).__name__} has loaded states of {what} of a parameter, "
+                    f"and on this rank it updates elements {own}: load what "
+                    "optimizer.state_dict() gave on the same rank, with as many ranks and the same "
+                    "units, at stage 0 or at one of the stages 1 to 3")
 
 
 def _refuse_moved(units):

@@ -17,7 +17,8 @@ _NORMS = {
     "_foreach_max", "median", "nanmedian", "mode", "quantile", "nanquantile", "kthvalue", "prod",
     "logsumexp", "softmax", "log_softmax", "all", "any", "count_nonzero", "nonzero", "equal",
     "allclose", "histc", "unique", "sort", "argsort", "topk", "cumsum", "cumprod", "dot", "vdot",
-    "inner", "cosine_similarity", "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "cov"}
+    "inner", "cosine_similarity", "normalize", "layer_norm", "renorm", "batch_norm",
+    "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "cov"}
 _SUMS = {"sum", "nansum"}
 _PICKS = {"__getitem__", "index_select", "masked_select", "gather", "take"}  # others on every rank
 _VALUES = {"item", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
@@ -39,17 +40,33 @@ class Marked(Tensor):
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = _name(func)
+        if func is torch.autograd.backward:  # the turn of MasterParameter, if it is among inputs
+            return func(*tree_map(_unmarked, args), **(kwargs or {}))
         cls.refuse(name, args)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        if name == "detach" and not issubclass(cls, GradSlice):
-            return result  # of a loss, to be looked at
-        return tree_map(lambda x: x.as_subclass(cls) if type(x) is Tensor
+        if cls.reduces(name, kwargs or {}) and isinstance(result, Tensor) and result.ndim == 0 and (
+                any(x.ndim for x in tree_leaves(args) if isinstance(x, Tensor))):
+            cls.refuse("norm", args)
+        return tree_map(lambda x: x.as_subclass(cls) if type(x) is Tensor and cls.marks(x)
                         and not any(x is arg for arg in args) else x, result)
 
     @classmethod
     def refuse(cls, name: str, args: tuple) -> None:
         """Raise RuntimeError if a function of this name does not fit."""
+
+    @classmethod
+    def reduces(cls, name: str, kwargs: dict) -> bool:
+        """Whether a single number would be wrong as the function's result."""
+        return name not in _PICKS
+
+    @classmethod
+    def marks(cls, result: Tensor) -> bool:
+        """Whether a result is marked: of what is to be differentiated, only what has a graph."""
+        return result.requires_grad
+
+    def backward(self, *args, **kwargs):
+        self.as_subclass(Tensor).backward(*args, **kwargs)
 
     def __format__(self, spec):
         return format(self.as_subclass(Tensor), spec)
@@ -63,6 +80,10 @@ class Marked(Tensor):
 
 class GradSlice(Marked):
     """This rank's slice of a gradient, or what was computed from it, element by element."""
+
+    @classmethod
+    def marks(cls, result):
+        return True
 
     @classmethod
     def refuse(cls, name, args):
@@ -113,9 +134,14 @@ class InLoss(Marked):
     """Computed element by element from slices of parameters, for a loss."""
 
     @classmethod
+    def reduces(cls, name, kwargs):
+        return name not in _PICKS | _SUMS and kwargs.get("reduction") != "sum"
+
+    @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         result = super().__torch_function__(func, types, args, kwargs)
-        if _name(func) in _SUMS:
+        if isinstance(result, InLoss) and (
+                _name(func) in _SUMS or (kwargs or {}).get("reduction") == "sum"):
             return result.as_subclass(PartOfSum)
         return result
 
@@ -134,6 +160,10 @@ class PartOfSum(Marked):
     """This rank's part of a sum over parameters, alone or added to a loss."""
 
     @classmethod
+    def reduces(cls, name, kwargs):
+        return False
+
+    @classmethod
     def refuse(cls, name, args):
         if name in _NOT_LINEAR:
             raise RuntimeError(
@@ -141,6 +171,10 @@ class PartOfSum(Marked):
                 "part, is not that of the whole sum. In a loss, sums of squares or of absolute "
                 "values are right as they are; for a root of one use stage 0, or the module's own "
                 "parameters at stages 1 and 2; to look at a loss, use loss.detach() or loss.item()")
+
+
+def _unmarked(x):
+    return x.as_subclass(Tensor) if isinstance(x, Marked) else x
 
 
 def plain(grad: Tensor) -> Tensor:
@@ -171,19 +205,23 @@ class MasterParameter(nn.Parameter):
                 "autograd works on the module's own parameters, not on those of "
                 "model.parameters(): call loss.backward(), or give torch.autograd.grad "
                 "`[*model.module.parameters()]`, at stages 0 to 2")
+        if func is torch.autograd.backward and (inputs := (kwargs or {}).get("inputs")):
+            # Those that a loss uses itself get gradients of their own, see InLoss.
+            inputs = [inputs] if isinstance(inputs, Tensor) else [*inputs]
+            kwargs["inputs"] = [*inputs, *(p.original for p in inputs if isinstance(p, cls))]
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         name = _name(func)
         with torch._C.DisableTorchFunctionSubclass():
             if name in ("__get__", "__set__") or not any(
                     getattr(leaf, "is_slice", False) for leaf in tree_leaves((args, kwargs))):
                 return func(*args, **(kwargs or {}))
-            if name in _SUMS | _NORMS | _PICKS:
-                args = tree_map(lambda x: x.as_subclass(InLoss) if isinstance(x, cls) else x, args)
-            else:
-                result = func(*args, **(kwargs or {}))
-        if name in _SUMS | _NORMS | _PICKS:
-            return func(*args, **(kwargs or {}))
-        return tree_map(lambda x: x.as_subclass(InLoss) if type(x) is Tensor and x.requires_grad
-                        else x, result)
+            in_place = name.endswith("_") and not name.endswith("__")
+            if in_place or not (torch.is_grad_enabled() or name in _NORMS):
+                return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map(
+                lambda x: x.as_subclass(InLoss) if isinstance(x, cls) else x, (args, kwargs or {}))
+        return func(*args, **kwargs)
 
     def _write(self, values):
         if values.shape != self.shape or values.dtype != self.dtype:
@@ -208,14 +246,14 @@ class MasterParameter(nn.Parameter):
         return memo.setdefault(id(self), nn.Parameter(self.detach().clone(), self.requires_grad))
 
 
-def master_parameter(view: Tensor, original: nn.Parameter, rank: int | None, world_size: int
+def master_parameter(view: Tensor, original: nn.Parameter, span: tuple[int, int] | None
                      ) -> nn.Parameter:
     """What the optimizer sees of a parameter, with the attributes that the user gave to it.
-    rank: whose slice it is, or None if it is the whole."""
+    span: which elements of it these are, or None if it is the whole."""
     p = MasterParameter(view, requires_grad=original.requires_grad)
     p.__dict__.update(original.__dict__)
-    p.is_slice = rank is not None
-    p.whose = f"slices of rank {rank} of {world_size}" if p.is_slice else "whole parameters"
+    p.original, p.is_slice = original, span is not None
+    p.elements = "all" if span is None else f"{span[0]} to {span[1]}"
     return p
 
 
