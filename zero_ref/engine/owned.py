@@ -28,8 +28,6 @@ _NOT_LINEAR = {"sqrt", "sqrt_", "rsqrt", "rsqrt_", "pow", "pow_", "__pow__", "__
                "__rdiv__", "float_power", "norm", "vector_norm", "prod", "abs", "relu", "clamp",
                "max", "min", "maximum", "minimum", "log2", "log10", "expm1", "sigmoid", "tanh",
                "softplus"}
-
-
 _UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"  # torch's GradScaler
 
 
@@ -265,7 +263,9 @@ def show_local(units) -> None:
             for index, (p, own) in enumerate(zip(unit.master_params, unit.params)):
                 if own.grad is not None:
                     if p.grad is None:
-                        p.grad = unit.local_marks.setdefault(index, _local_mark(p))
+                        if index not in unit.local_marks:
+                            unit.local_marks[index] = _local_mark(p)
+                        p.grad = unit.local_marks[index]
                     unit.local[index] = p.grad, p.grad._version
 
 

@@ -10,7 +10,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.distributed as dist
 from torch import nn
 
@@ -113,7 +112,6 @@ class Shell(nn.Module):
         self.awaits_backward = any(t.requires_grad for t in tensors_in(output))
         return output
 
-    @torch.compiler.disable
     def _look_at_module(self) -> None:
         """Whether all still hangs where it did, and what has been written into it."""
         self._structure.check(self)
@@ -308,6 +306,8 @@ class Shell(nn.Module):
 @cache
 def _leave_our_code_to_python() -> None:
     """Where torch.compile compiles a wrapped model, it goes on to the module inside."""
+    import torch._dynamo  # more than a second, which only a process that wraps a model has to pay
+
     for name in ("comm", "engine", "partition", "stage0", "stage1", "stage2", "stage3"):
         torch._dynamo.trace_rules.add(f"zero_ref.{name}")
 
