@@ -1,5 +1,6 @@
 """The rank's side: what runs in the processes that pool.py starts."""
 
+import gc
 import io
 import multiprocessing
 import os
@@ -47,6 +48,7 @@ def main(rank: int, world_size: int, backend: str, meeting: str, jobs: Connectio
     ("left", result) if the process group is another one now, or none. meeting: the folder where
     the ranks find each other. control: where `where` asks.
     """
+    gc.freeze()  # what torch has brought stays anyway: the collector need not walk through it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches everyone; the caller decides
     _prepare_for_workers(jobs, control)
     threading.Thread(target=_answer_or_end, args=(control, meeting), daemon=True).start()
