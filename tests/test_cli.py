@@ -9,7 +9,7 @@ import torch
 
 import zero_ref
 from zero_ref.commands import compare as compare_module
-from zero_ref.commands.cli import main
+from zero_ref.commands.cli import PER_RANK, STEPS, main
 from zero_ref.commands.train import train
 from zero_ref.tasks import data
 
@@ -78,8 +78,10 @@ def test_compare_fails_if_a_promise_does_not_hold(monkeypatch, capsys):
 
 def test_digits_are_learnt():
     """Held-out accuracy above 95 %, with the command's own defaults."""
-    report = zero_ref.launch(lambda: train(lambda: data.task("digits", None, 4, 96), 3, steps=50,
-                                           device="cpu", seed=0), 4)[0]
+    def digits():
+        return data.task("digits", None, 4, 4 * PER_RANK)
+
+    report = zero_ref.launch(lambda: train(digits, 3, steps=STEPS, device="cpu", seed=0), 4)[0]
     assert report["held_out"] > 0.95
 
 

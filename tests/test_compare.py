@@ -13,12 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 
 import zero_ref
+from zero_ref.commands import bench
 from zero_ref.commands import compare as compare_module
 from zero_ref.commands.cli import main
 from zero_ref.commands.report import what_to_look_at
 from zero_ref.tasks import configs, files
 
 STAGES = ["stage 0", "stage 1", "stage 2", "stage 3"]
+
+
+@pytest.fixture(autouse=True)
+def few_rounds(monkeypatch):
+    monkeypatch.setattr(compare_module, "ROUNDS", 0)  # of timing
 
 
 def mlp(dropout=0.0):
@@ -179,6 +185,7 @@ def test_the_template_runs(tmp_path, monkeypatch, capsys):
         assert f"{row['held_out']:.4f}" in text and f"{row['peak_bytes'] / 1e6:,.1f}" in text
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
+    monkeypatch.setattr(bench, "OVERHEAD_AT", (1,))
     assert main(["train", "--stage", "3", "--model", "my_model.py", *few]) == 0
     assert "my_model.py, stage 3, 2 ranks" in capsys.readouterr().out
     assert main(["bench", "--model", "my_model.py", "--rounds", "1", "--steps", "1",

@@ -45,6 +45,7 @@ WARM_UP = 3  # steps that are not counted: the first creates optimizer states, a
 TIMES = {"CNN": 10}  # how many times as many steps are taken, where a step is short
 TITLES = {"CNN": "CNN on digits (48 a step, ten times the steps)", "3M": "GPT", "15M": "GPT",
           "57M": "GPT"}
+OVERHEAD_AT = (1, 8, 64, 1024)  # world sizes
 Step = Callable[[Any], Tensor]
 
 
@@ -83,7 +84,7 @@ def bench(models: Sequence[str], systems: Sequence[str] | None, world_sizes: Seq
             report["parts"].append({"model": model, "world_size": world_size,
                                     **runs["DDP"][0]["about"],
                                     "systems": _summary(runs, world_size)})
-    report["overhead_us"] = {n: _overhead_in_a_fresh_process(n) for n in (1, 8, 64, 1024)}
+    report["overhead_us"] = _overhead_in_a_fresh_process(OVERHEAD_AT)
     return report
 
 
@@ -267,12 +268,12 @@ def _peak(device):
 # ---- Python's share ------------------------------------------------------------------------------
 
 
-def _overhead_in_a_fresh_process(world_size):
+def _overhead_in_a_fresh_process(world_sizes):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
-        return fresh.submit(overhead, world_size).result()
+        return {n: fresh.submit(overhead, n).result() for n in world_sizes}
 
 
-def overhead(world_size: int, units: int = 64, steps: int = 30) -> dict[int, float]:
+def overhead(world_size: int, units: int = 64, steps: int = 12) -> dict[int, float]:
     """Microseconds per unit and step that each stage adds to the bare module: Python alone, on one
     rank of `world_size` whose messages go nowhere (torch's "fake" backend, whose own time is not
     counted). Returns {stage: µs}.
@@ -314,7 +315,9 @@ def overhead(world_size: int, units: int = 64, steps: int = 30) -> dict[int, flo
         return statistics.median(times)
 
     bare = seconds(None)
-    return {stage: round((seconds(stage) - bare) / units * 1e6, 1) for stage in range(4)}
+    found = {stage: round((seconds(stage) - bare) / units * 1e6, 1) for stage in range(4)}
+    dist.destroy_process_group()
+    return found
 
 
 # ---- the report ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from ..tasks.named import NAMED
 from ..tasks.task import OPTIMIZERS, Task
 from .train import backend_for
 
-PER_RANK = 40  # samples, by default
+PER_RANK, STEPS = 64, 25  # samples for each rank, and steps, by default
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,12 +91,12 @@ def _parser():
         command.add_argument("--world-size", type=int, metavar="N",
                              help="number of ranks to start (default: 4)")
         command.add_argument("--steps", type=int, metavar="K",
-                             help="default: 40, of a model of your own 20")
+                             help=f"default: {STEPS}, of a model of your own 20")
         command.add_argument("--batch-size", type=int, metavar="B",
                              help=f"of a task: samples per step, all ranks together (default: "
                                   f"{PER_RANK} for each rank)")
         command.add_argument("--optimizer", choices=OPTIMIZERS,
-                             help="default: adam, or what a model of your own brings")
+                             help="default: Adam, or what a model of your own brings")
         command.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
         command.add_argument("--backend", choices=["gloo", "nccl"],
                              help="default: nccl on cuda, gloo on cpu")
@@ -181,7 +181,7 @@ def _world_size(args):
 
 
 def _steps(args):
-    return args.steps if args.steps is not None else 20 if args.model else 40
+    return args.steps if args.steps is not None else 20 if args.model else STEPS
 
 
 def _make_task(args, world_size) -> Callable[[], Task]:
@@ -199,7 +199,7 @@ def _make_task(args, world_size) -> Callable[[], Task]:
         batch_size = PER_RANK * world_size if args.batch_size is None else args.batch_size
 
         def make_task():
-            return data.task(name, data_dir, world_size, batch_size, optimizer or "adam", seed)
+            return data.task(name, data_dir, world_size, batch_size, optimizer, seed)
     return make_task
 
 

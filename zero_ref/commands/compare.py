@@ -23,7 +23,7 @@ from .report import CLOSE, Report
 from .systems import WrapLike
 from .train import backend_for
 
-IN_FLOAT64 = 5  # steps
+IN_FLOAT64 = 3  # steps
 ROUNDS = 2  # of timing, after the training: a machine that others use has slower minutes
 
 

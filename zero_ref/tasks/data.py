@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from .models import GPT, cnn, residual_mlp
-from .task import OPTIMIZERS, Task
+from .task import OPTIMIZERS, Task, adam
 
 CONTEXT = 64  # characters that the GPT sees at once
 
@@ -31,6 +31,7 @@ class Data:
     metric: str  # "accuracy" or "loss", on the held-out samples
     train: TensorDataset
     held_out: TensorDataset
+    optimizer: Callable[..., torch.optim.Optimizer] = adam
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, device: torch.device | str = "cpu",
@@ -60,8 +61,9 @@ def load(name: str, data_dir: Path | str | None = None) -> Data:
 
 
 def task(name: str, data_dir: Path | str | None, world_size: int, batch_size: int,
-         optimizer: str = "adam", seed: int = 0) -> Task:
-    """The same as a Task. batch_size: samples per step, all ranks together.
+         optimizer: str | None = None, seed: int = 0) -> Task:
+    """The same as a Task. batch_size: samples per step, all ranks together. optimizer: one of
+    OPTIMIZERS instead of the task's own.
 
     Raises ValueError if the batch does not divide, or is larger than the data.
     """
@@ -80,7 +82,8 @@ def task(name: str, data_dir: Path | str | None, world_size: int, batch_size: in
         return data.train[order(epoch, rank)[at * per_rank :][:per_rank]]
 
     return Task(name, data.build, batch, lambda model, batch: data.loss(model(batch[0]), batch[1]),
-                OPTIMIZERS[optimizer], evaluate=data.evaluate, metric=data.metric)
+                data.optimizer if optimizer is None else OPTIMIZERS[optimizer],
+                evaluate=data.evaluate, metric=data.metric)
 
 
 def batches(data: Data, steps: int, batch_size: int, rank: int, world_size: int,
@@ -123,7 +126,8 @@ def _first(steps, loader, sampler):
 
 
 def _digits(_):
-    return replace(_cnn(_), build=lambda: residual_mlp(64, 10))
+    return replace(_cnn(_), build=lambda: residual_mlp(64, 10),
+                   optimizer=lambda params: torch.optim.Adam(params, lr=3e-4))
 
 
 def _cnn(_):
