@@ -24,7 +24,7 @@ from . import systems
 from .train import prepare_device, progress
 
 COUNTED = 3  # steps in which bytes are counted
-TIMED = 6  # steps in each further round of timing
+TIMED = 5  # steps in each further round of timing
 
 
 @dataclass
