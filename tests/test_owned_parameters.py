@@ -82,6 +82,36 @@ def test_zero_grad_of_the_optimizer_drops_what_no_sync_has_left(set_to_none, wor
     as_with_ddp(lambda kind: loop(kind, first_reduced=True), world_size)
 
 
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, half):
+        return self.a(x) if half else self.b(self.a(x))
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_what_is_local_is_zeroed_together_with_what_is_reduced(foreach):
+    def run(stage):
+        torch.manual_seed(0)
+        model = zero_ref.wrap(Halves(), stage)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, foreach=foreach)
+        model(data(0), half=True).sum().backward()
+        with model.no_sync():
+            model(data(1), half=False).sum().backward()
+        kinds = {isinstance(p.grad, LocalGrad) for p in model.parameters()}
+        assert kinds == {False, True}
+        opt.zero_grad(set_to_none=False)
+        model(data(2), half=False).sum().backward()
+        after = [p.grad.tolist() for p in model.parameters()]
+        model.zero_grad()
+        model(data(2), half=False).sum().backward()
+        assert after == [p.grad.tolist() for p in model.parameters()]
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
 def test_a_local_gradient_is_no_gradient_yet():
     def run(stage):
         model = wrapped(stage)
@@ -116,7 +146,8 @@ def test_a_local_gradient_is_no_gradient_yet():
 
 REDUCED = {
     "norm": torch.Tensor.norm, "linalg": torch.linalg.norm, "sum": torch.Tensor.sum,
-    "mean": torch.Tensor.mean, "max": torch.Tensor.max, "amin": torch.amin, "std": torch.std,
+    "mean": torch.Tensor.mean, "max": torch.Tensor.max, "max of a dimension": lambda g: g.max(0),
+    "amin": torch.amin, "std": torch.std,
     "all": lambda g: g.isfinite().all(), "any": lambda g: torch.any(g > 1),
     "bool": lambda g: bool((g == 0)[:1]) if g.numel() else torch.any(g),
     "item": lambda g: g[:1].item(), "equal": lambda g: torch.equal(g, g),
