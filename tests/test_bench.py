@@ -39,6 +39,35 @@ def test_all_systems_train_the_cnn_too():
     assert {m["about"]["numel"] for m in measured.values()} == {151_306}
 
 
+UNUSED = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.unused = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x)
+
+build = Net
+
+def batch(step, rank):
+    return torch.ones(2, 4) + rank
+
+def loss(model, x):
+    return model(x).sum()
+"""
+
+
+def test_a_model_of_which_a_layer_is_unused(tmp_path):
+    (tmp_path / "my_model.py").write_text(UNUSED)
+    name, systems = str(tmp_path / "my_model.py"), ["DDP", "DDP + ZeroRedundancy", "stage 3"]
+    measured = zero_ref.launch(
+        lambda: [bench._measure(system, name, "cpu", 2)["loss"] for system in systems], 2)[0]
+    assert max(measured) - min(measured) < 1e-4
+
+
 def check_losses(losses):
     alone = losses.pop("floor")
     # They train in fp32, and sum in different orders.

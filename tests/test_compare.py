@@ -137,6 +137,17 @@ def test_unused_frozen_and_repeated_parts():
     assert "have no simple formula" in " ".join(str(report).split())
 
 
+def test_activations_are_counted_where_they_are():
+    """The first unit keeps its input and the sigmoid's output, the second its input."""
+    def build():
+        return nn.Sequential(nn.Sequential(nn.Linear(6, 20), nn.Sigmoid()), nn.Tanh(),
+                             nn.Sequential(nn.Linear(20, 3)))
+
+    kept = compare(build, stages=(0,), units=nn.Sequential)["activations"]
+    assert kept == {"in_units": 4 * 4 * (6 + 20 + 20), "largest_unit": 4 * 4 * (6 + 20),
+                    "inputs": 4 * 4 * (6 + 20)}
+
+
 def test_mixed_precision():
     report = compare(mixed_precision=zero_ref.MixedPrecision(torch.bfloat16))
     assert report["failed_promises"] == []
@@ -221,10 +232,13 @@ def test_a_module_and_systems_of_my_own(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--model", "my_package.my_module", "--world-size", "2", "--steps", "2",
-                 "--stages", "1", "--system", "mine.py:wrap_like", "--json", "report.json"]) == 0
+                 "--stages", "1", "--system", "mine.py:wrap_like", "--system", "mine.py:Mine",
+                 "--json", "report.json"]) == 0
     rows = {row["system"]: row for row in json.loads(
         (tmp_path / "report.json").read_text())["systems"]}
-    assert list(rows) == ["DDP", "FSDP2", "stage 0", "stage 1", "wrap_like, stage 1"]
+    assert list(rows) == ["DDP", "FSDP2", "stage 0", "stage 1", "wrap_like, stage 1",
+                          "Mine, stage 1"]
+    assert "takes 2 positional" in rows["Mine, stage 1"]["failed"]
     mine = rows["wrap_like, stage 1"]
     assert mine["digest"] == rows["DDP"]["digest"] and mine["peak_bytes"] > 1_000_000
     assert mine["together_bytes"] > 1_000_000 + sum(mine["resident_bytes"].values())
@@ -332,6 +346,7 @@ def test_an_optimizer_that_sorts_by_shape_is_found_out():
     report = compare(optimizer=by_shape, stages=(0, 2))
     failed = {row["system"]: row["failed"] for row in report["systems"] if row["failed"]}
     assert failed.keys() == {"stage 2"} and "do not sort by shape" in failed["stage 2"]
+    assert "promises that could be checked hold:" in str(report)
 
 
 class TwoDtypes(nn.Module):
@@ -374,7 +389,7 @@ def test_a_report_in_which_the_stages_failed():
     ("half.py", "def build(): pass", "has no batch and no loss: it needs functions build"),
     ("broken.py", "import no_such_package", "cannot be imported: ModuleNotFoundError"),
     ("text.json", "{", "cannot be read as a config"),
-    ("list.json", "[]", "is no Hugging Face config"),
+    ("list.json", "[]", "is not a Hugging Face config"),
     ("remote.json", '{"model_type": "x", "auto_map": {}}', "wants code from its repository"),
     ("new.json", '{"model_type": "of tomorrow"}', "does not know the model_type 'of tomorrow'"),
     ("clip.json", '{"model_type": "clip"}', "takes more than tokens or pixels alone"),
@@ -438,7 +453,7 @@ def test_a_notebook_gets_table_and_picture():
     assert "<pre" in data["text/html"] and "data:image/png;base64," in data["text/html"]
 
 
-def sentences(largest, root, child, peaks, numel=1000, states=4000):
+def sentences(largest, root, child, peaks, numel=1000, states=4000, in_units=10000):
     def row(system, held, peak, sent=6000):
         return {"system": system, "kind": "torch" if system == "DDP" else "ours",
                 "failed": None, "peak_bytes": peak, "sent_bytes_per_step": sent,
@@ -449,6 +464,7 @@ def sentences(largest, root, child, peaks, numel=1000, states=4000):
     return " ".join(what_to_look_at({
         "systems": rows, "numel": numel, "itemsize": 4, "root_numel": root, "world_size": 4,
         "unit_count": 5,
+        "activations": {"in_units": in_units, "largest_unit": in_units // 5, "inputs": 100},
         "largest_unit": {"name": "layer", "kind": "Linear", "numel": largest,
                          "largest_child": child, "tied": False, "frozen": False}}))
 
@@ -463,7 +479,8 @@ def test_what_dominates_is_said_with_its_number():
     root = sentences(1000, 1000, 400, (17000, 9000))
     assert "gathers 4,000 B of them at once" in root and "largest child of the model has" in root
     activations = sentences(100, 0, 0, (30000, 18000))
-    assert "take about 14.0 kB of it" in activations
-    assert "of the 5 units about 2,800 B" in activations
+    assert "take about 14.0 kB of the peak" in activations
+    assert "of the 5 units about 6,100 B would remain" in activations
+    assert "checkpointing" not in sentences(100, 0, 0, (30000, 18000), in_units=1000)
     assert "30.0 kB with DDP and as much at stage 3" in sentences(100, 0, 0, (30000, 30001))
     assert "checkpointing" not in sentences(100, 0, 0, (17000, 5000))

@@ -115,13 +115,22 @@ def _loop(model, task, optimizer=None):
     return step
 
 
+def _ddp(net, task):
+    """Looks for unused parameters in every step if the first batch of some rank leaves any."""
+    device = next(net.parameters()).device
+    task.loss(net, task.batch_on(device, 0, dist.get_rank())).backward()
+    unused = any(p.grad is None for p in net.parameters() if p.requires_grad)
+    net.zero_grad()
+    return ddp(net, any(comm.all_gather_object(unused, dist.group.WORLD, phase="init")))
+
+
 def _zero_redundancy(net, task):
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     like = task.optimizer([nn.Parameter(torch.zeros(1))])
     takes = inspect.signature(type(like)).parameters
     options = {name: value for name, value in like.defaults.items() if name in takes}
-    model = ddp(net)
+    model = _ddp(net, task)
     return _loop(model, task, ZeroRedundancyOptimizer(model.parameters(), type(like), **options))
 
 
@@ -160,7 +169,7 @@ def _ours(stage, **options):
 # "floor" is one process without communication: no system can be faster on the same cores.
 SYSTEMS: dict[str, Callable[[nn.Module, Task], Step]] = {
     "floor": _loop,
-    "DDP": lambda net, task: _loop(ddp(net), task),
+    "DDP": lambda net, task: _loop(_ddp(net, task), task),
     "stage 0": _ours(0),
     "stage 1": _ours(1),
     "stage 2": _ours(2),

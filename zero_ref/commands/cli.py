@@ -43,12 +43,14 @@ def _parser():
     compare = commands.add_parser(
         "compare", help="all stages and torch DDP side by side: weights, bytes, time",
         description="Train torch DDP, FSDP2 and stages 0-3 on the same data and check what ZeRO "
-                    "promises. Exit status 1 if a promise does not hold, 2 if it could not be run. "
-                    "Under torchrun it compares on the ranks that were started.")
+                    "promises. Exit status 1 if a promise does not hold or a stage fails, 2 if "
+                    "nothing could be run; systems of your own do not change it. Under "
+                    "torchrun it compares on the ranks that were started.")
     compare.set_defaults(run=_compare)
     compare.add_argument("--stages", type=int, nargs="+", default=[0, 1, 2, 3],
                          choices=[0, 1, 2, 3], help="default: 0 1 2 3; stage 0 is always run")
-    compare.add_argument("--system", nargs="+", default=[], metavar="FILE.py:FUNCTION",
+    compare.add_argument("--system", nargs="+", action="extend", default=[],
+                         metavar="FILE.py:FUNCTION",
                          help="more to compare with: a function wrap_like(module, stage)")
     compare.add_argument("--template", action="store_true",
                          help="print a file to start from, for --model, and do nothing else")
@@ -124,7 +126,8 @@ def _compare(args):
         if args.figure:
             report.figure().savefig(args.figure)
             print(f"Drawn: {args.figure}")
-    return 1 if report["failed_promises"] else 0
+    failed = [row for row in report["systems"] if row["kind"] == "ours" and row["failed"]]
+    return 1 if failed or report["failed_promises"] else 0
 
 
 def _loaded_there(name):

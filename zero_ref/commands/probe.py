@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from ..engine.precision import own_precision
 from ..engine.tree import tensors_in
@@ -46,7 +47,9 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
         raise ValueError(f"batch(0, rank) of {task.name} gives every rank the same data, so that "
                          f"{world_size} ranks would compute what one does: choose the samples by "
                          "rank")
-    net, calls, gradients = _first_step(task, settings, device, batches[0])
+    activations = _Activations()
+    with activations:
+        net, calls, gradients = _first_step(task, settings, device, batches[0], activations.watch)
     net_again, _, gradients_again = _first_step(task, settings, device, batches[0])
     if net_again is net:
         raise ValueError(f"build() of {task.name} returns the same module each time, which then "
@@ -74,7 +77,7 @@ def probe(make_task: Callable[[], Task], settings: Settings) -> dict[str, Any] |
         "device": describe(device), "optimizer": type(optimizer).__name__,
         "metric": task.metric if task.evaluate is not None else None,
         "mixed_precision": mixed is not None,
-        "groups": in_groups, "unit_count": len(inner),
+        "groups": in_groups, "unit_count": len(inner), "activations": activations.bytes(),
         "unused": sorted(set.intersection(*missing)),
         "used_on_some_ranks": sorted(set.union(*missing) - set.intersection(*missing)),
         "run_on_some_ranks": sorted({*inner} & set.union(*called) - set.intersection(*called)),
@@ -98,12 +101,52 @@ def _batch(task, settings, device, rank):
     return task.batch_on(device, 0, rank)
 
 
-def _first_step(task, settings, device, batch):
+class _Activations(saved_tensors_hooks):
+    """Bytes of what autograd keeps of a forward inside of units, and of the units' inputs. What is
+    inside of a unit in another one counts for the outer one."""
+
+    def __init__(self):
+        super().__init__(self._pack, lambda tensor: tensor)
+        self.running: list[nn.Module] = []
+        self.kept: dict[nn.Module, dict[int, int]] = {}  # by unit: bytes of each storage
+        self.inputs: dict[int, int] = {}
+
+    def watch(self, net, units):
+        self.parameters = {p.untyped_storage()._cdata for p in net.parameters()}
+        for unit in {unit.module for unit in units} - {net}:
+            unit.register_forward_pre_hook(self._enter, with_kwargs=True)
+            unit.register_forward_hook(self._leave)
+
+    def _enter(self, unit, args, kwargs):
+        if not self.running:
+            self.inputs |= self._bytes(*tensors_in((args, kwargs)))
+        self.running.append(unit)
+
+    def _leave(self, unit, args, output):
+        self.running.pop()
+
+    def _pack(self, tensor):
+        if self.running:
+            of_unit = self.kept.setdefault(self.running[0], {})
+            of_unit |= self._bytes(tensor)
+        return tensor
+
+    def _bytes(self, *tensors):
+        storages = [t.untyped_storage() for t in tensors if t.layout == torch.strided]
+        return {s._cdata: s.nbytes() for s in storages if s._cdata not in self.parameters}
+
+    def bytes(self) -> dict[str, int]:
+        of_units = [sum(storages.values()) for storages in self.kept.values()]
+        return {"in_units": sum(of_units), "largest_unit": max(of_units, default=0),
+                "inputs": sum(self.inputs.values())}
+
+
+def _first_step(task, settings, device, batch, watch=lambda net, units: None):
     """A new module, how often each part of it was called, and its gradients, by name."""
     net, calls = _build(task, settings).to(device), Counter()  # how often each part was called
     for name, module in net.named_modules():
         module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-    lay_out(net, task.units, own_precision, 0, 1)  # raises what zero_ref.wrap would
+    watch(net, lay_out(net, task.units, own_precision, 0, 1))  # raises what zero_ref.wrap would
     seed_everything(settings.seed)
     loss = _loss(task, net, batch)
     _call(f"backward of {task.name}", loss.backward)

@@ -28,11 +28,12 @@ def load_config(path: Path) -> Task:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} cannot be read as a config: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
-        raise ValueError(f"{file} is no Hugging Face config: it has no \"model_type\"")
+        raise ValueError(f"{file} is not a Hugging Face config: it has no \"model_type\"")
     if "auto_map" in raw:
         raise ValueError(f"{file} wants code from its repository (\"auto_map\"), which is not run "
                          "here: write a file with build(), batch() and loss() that imports it")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or it talks above the tables
     try:
         import transformers
     except ImportError:
