@@ -95,7 +95,8 @@ def names(stage):
     assert [name for name in found if not name.startswith("scale")] == trainable
     assert [*agent.state_dict()] == [*bare.state_dict()]
     assert [name for name, _ in agent.named_buffers()] == [name for name, _ in bare.named_buffers()]
-    assert [*dict(agent.named_modules())] == [*dict(bare.named_modules())]
+    assert [name for name, _ in agent.named_modules()] == [n for n, _ in bare.named_modules()]
+    assert dict(agent.named_modules())["actor"] is agent.actor
     assert [*dict(agent.actor.named_modules())] == [*dict(bare.actor.named_modules())]
     assert ([name for name, _ in agent.actor.named_buffers("x")]
             == [name for name, _ in bare.actor.named_buffers("x")])

@@ -463,6 +463,30 @@ def test_from_a_script_without_a_main_guard(tmp_path):
     assert (out, process.returncode) == ("[10, 11]\n", 0), err
 
 
+def test_a_script_with_a_cache_and_with_workers_that_return_its_classes(tmp_path):
+    process = start(tmp_path, """
+import collections, functools, torch, zero_ref
+from concurrent.futures import ProcessPoolExecutor
+from torch.utils.data import DataLoader
+Batch = collections.namedtuple("Batch", "x")
+def collate(items):
+    return Batch(torch.tensor(items))
+@functools.lru_cache(maxsize=2)
+def double(x):
+    return 2 * x
+def run():
+    with ProcessPoolExecutor(1) as workers:
+        doubled = [*workers.map(double, [1, 2])]
+    return doubled, [b.x.tolist() for b in DataLoader([1, 2], 2, num_workers=1, collate_fn=collate)]
+print(zero_ref.launch(run, 2)[1], zero_ref.launch(lambda: double.cache_parameters(), 1)[0])
+""", ZERO_REF_TIMEOUT="5")
+    try:
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert out == "([2, 4], [[1, 2]]) {'maxsize': 2, 'typed': False}\n", err
+
+
 STUCK = """
 import multiprocessing, os, signal, torch.distributed as dist, zero_ref
 def stuck():

@@ -3,6 +3,7 @@
 import copy
 import io
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from toy import STAGES
 
 import zero_ref
+from zero_ref.engine import check
 from zero_ref.engine.optimizers import ELEMENTWISE
 from zero_ref.engine.owned import GradSlice, LocalGrad, MasterParameter
 
@@ -140,6 +142,110 @@ def test_a_local_gradient_is_no_gradient_yet():
             refused(lambda: loss_of(model, 3).backward(), "was changed while no_sync")
 
     toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
+@pytest.mark.parametrize("zero", [lambda g: g.data.zero_(), lambda g: g.detach().zero_()])
+def test_a_local_gradient_is_zeroed_by_hand(zero):
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            with model.no_sync():
+                loss_of(model, 2 * step).backward()
+            for p in model.parameters():
+                zero(p.grad)
+            loss_of(model, 2 * step + 1).backward()
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    as_with_ddp(loop, 2)
+
+
+# ---- around a step -------------------------------------------------------------------------------
+
+
+class Doubling(torch.optim.Adam):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.mul_(2).clamp_(-0.1, 0.1)
+        return super().step(closure)
+
+
+class Normalizing(torch.optim.SGD):
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad.div_(p.grad.norm())
+        return super().step(closure)
+
+
+def steps(kind, prepare=lambda opt: None, make=torch.optim.SGD):
+    model = wrapped(kind)
+    opt = make(model.parameters(), lr=0.1)
+    prepare(opt)
+    for step in range(3):
+        loss_of(model, step).backward()
+        opt.step()
+        opt.zero_grad()
+    for state in opt.state.values():
+        assert {type(v) for v in state.values() if isinstance(v, torch.Tensor)} <= {torch.Tensor}
+    return weights(model)
+
+
+def halve(optimizer, args, kwargs):
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad.mul_(0.5)
+
+
+def test_a_step_of_the_users_own_and_hooks_around_a_step():
+    as_with_ddp(lambda kind: steps(kind, make=Doubling), 2)
+    as_with_ddp(lambda kind: steps(kind, lambda opt: opt.register_step_pre_hook(halve)), 2)
+
+
+def test_a_step_of_the_users_own_and_hooks_see_slices_as_such():
+    def look(optimizer, args, kwargs):
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
+
+    def run(stage):
+        for prepare in (lambda opt: opt.register_step_pre_hook(look),
+                        lambda opt: opt.register_step_post_hook(look)):
+            refused(lambda prepare=prepare: steps(stage, prepare), "of a gradient's slice is not")
+        refused(lambda: steps(stage, make=Normalizing), "`norm` of a gradient's slice is not")
+
+    toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], 2)
+
+
+def test_groups_change_while_the_optimizer_is_used():
+    """Unfreezing layer by layer, as some write it."""
+    def loop(kind):
+        model = wrapped(kind)
+        params = [*model.parameters()]
+        opt = torch.optim.Adam(params[2:], lr=0.1)
+        for step in range(3):
+            if step == 1:
+                opt.param_groups[0]["params"] = params[1:]
+            loss_of(model, step).backward()
+            opt.step()
+            model.zero_grad()
+        return weights(model)
+
+    as_with_ddp(loop, 2)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_write_on_one_rank_alone_is_named(stage):
+    def run():
+        model = wrapped(stage, check=True)
+        if dist.get_rank() == 0:
+            with torch.no_grad(), mock.patch.object(check, "timeout", lambda: 1.0):
+                next(model.parameters()).mul_(0.5)
+                model(data(0))
+
+    with pytest.raises(zero_ref.RankError, match="every rank has to write"):
+        toy.ranks(run, 2)
 
 
 # ---- a slice is not the whole --------------------------------------------------------------------
@@ -349,10 +455,12 @@ def test_attributes_travel_with_the_parameter(world_size):
     def loop(kind):
         module = net()
         module[0].bias.spared = module[2].weight.spared = True
+        module[2].weight.original = module[2].weight.elements = 5  # any name is the user's
         model = (nn.parallel.DistributedDataParallel(module) if kind == "ddp"
                  else zero_ref.wrap(module, kind))
         spared = [p for p in model.parameters() if getattr(p, "spared", False)]
         others = [p for p in model.parameters() if not hasattr(p, "spared")]
+        assert sorted(getattr(p, "elements", 0) for p in model.parameters()) == [0, 0, 0, 5]
         assert len(spared) == len(others) == 2
         opt = torch.optim.AdamW([{"params": others, "weight_decay": 0.5}, {"params": spared}],
                                 lr=0.05, weight_decay=0.0)
@@ -462,12 +570,15 @@ def test_another_ranks_states_are_refused(world_size):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_step_that_no_backward_came_before(world_size):
+    """It changes nothing, as with torch DDP."""
     def run(stage):
         model = wrapped(stage)
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
         opt.step()  # as a scheduler wants it before the first forward
-        loss_of(model, 0)
-        refused(opt.step, r"step\(\) without any gradient, after a forward")
+        before = weights(model)
+        loss_of(model, 0)  # a loss that is skipped
+        opt.step()
+        assert all(torch.equal(before[name], value) for name, value in weights(model).items())
         loss_of(model, 0).backward()
         opt.step()
         with torch.no_grad():

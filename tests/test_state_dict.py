@@ -1,6 +1,7 @@
 """Full parameters and state dicts: what comes out of a wrapped model, and what goes in again."""
 
 import copy
+import io
 
 import pytest
 import torch
@@ -53,12 +54,18 @@ def test_full_params():
         assert held[0] == held[1] == held[2] == 2 * held[3]  # sharded again
 
 
+@pytest.mark.parametrize("precision", [None, zero_ref.MixedPrecision(keep=toy.Scale)])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_copy_of_the_gathered_module_lives_on_its_own(stage):
+def test_a_copy_of_the_gathered_module_lives_on_its_own(stage, precision):
     def copy_and_use():
-        model = zero_ref.wrap(toy.build(norm=False), stage)
+        model = zero_ref.wrap(toy.build(norm=False, frozen=precision is None), stage,
+                              mixed_precision=precision)
         with model.full_params():
             twin = copy.deepcopy(model.module)
+        with io.BytesIO() as file:
+            torch.save(twin, file)
+            file.seek(0)
+            twin = torch.load(file, weights_only=False)
         if dist.get_rank() == 0:  # would hang if it communicated
             twin(toy.batch(0, 0)[0]).sum().backward()
             assert twin.blocks[1].weight.grad is not None

@@ -60,7 +60,7 @@ class Stage3(Stage2):
         for unit in self.units:
             self._units_of[unit.module].append(unit)
         self._bucket_of = {unit: bucket for bucket in self._gather_buckets for unit in bucket}
-        after = torch.compiler.disable(self._weak_hook("_post_forward"))
+        after = self._module_hook("_post_forward")
         for submodule in self._units_of.keys() - {self.module}:  # the root's turn is in _forward
             hooks.append(submodule.register_forward_hook(after))
         return hooks

@@ -32,7 +32,6 @@ class Backward:
     """
 
     def __init__(self, model, buckets: list[Bucket], finish: Callable[[], None]):
-        model.awaits_backward = False
         hide_local(model.trainable)
         params = [p for unit in model.trainable for p in unit.params if p.requires_grad]
         self.queue = list(buckets) if _accumulates(params) else []

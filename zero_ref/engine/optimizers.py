@@ -1,6 +1,7 @@
 """What a stage has to know about the optimizer: when it steps, and whether it may."""
 
 import functools
+import inspect
 import weakref
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim.optimizer import (
 )
 
 from . import writes
-from .owned import hide_local, mark
+from .owned import hide_local, mark, unmarked
 
 # Each element of a parameter is updated from that element of its gradient and of its states alone,
 # so a slice is updated as it would be inside the whole.
@@ -24,6 +25,8 @@ def watch(model) -> list:
     """Check every optimizer that holds parameters of `model` before its step, and call
     `model._follow(units)` after it. Returns the hooks."""
     ref: Any = weakref.ref(model)
+    around: Any = weakref.WeakKeyDictionary()  # by optimizer: hooks during its step
+    written: Any = weakref.WeakKeyDictionary()  # by optimizer: what its groups say
 
     def before(optimizer, args, kwargs):
         _refuse_foreign(ref(), optimizer)
@@ -31,24 +34,48 @@ def watch(model) -> list:
         if units:
             hide_local(units)
             _refuse_unreduced(optimizer, units)
-            _refuse_unreached(ref(), optimizer)
-            _refuse_others_states(optimizer)
+            written[optimizer] = _refuse_others_states(optimizer, written.get(optimizer, ()))
             _refuse_moved(units)
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
-        mark(units, on=False)
-        then_plain = functools.partial(_then_plain, units)
-        return tuple(map(then_plain, args)), {k: then_plain(v) for k, v in kwargs.items()}
+        for hook in around.pop(optimizer, ()):  # of a step that failed
+            hook.remove()
+        if units:
+            around[optimizer] = _unmark_around(optimizer, units)
 
     def after(optimizer, args, kwargs):
         units = _units_in(ref(), optimizer)
-        mark(units, on=True)
+        for hook in around.pop(optimizer, ()):
+            hook.remove()
         for unit in units:  # a graph from before the step may not be differentiated any more
             torch.autograd.graph.increment_version(unit.params)
         if units:
             ref()._follow(units)
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+
+
+def _unmark_around(optimizer, units):
+    """Take the marks off while torch updates: after the user's hooks before a step, and before
+    those after it. A step that the user wrote sees the marks, and its states lose them."""
+    update = inspect.unwrap(type(optimizer).step)
+    written_by_torch = update.__module__.startswith("torch.")
+
+    def before(optimizer, args, kwargs):
+        if written_by_torch:
+            mark(units, on=False)
+            then_plain = functools.partial(_then_plain, units)
+            return tuple(map(then_plain, args)), {k: then_plain(v) for k, v in kwargs.items()}
+
+    def after(optimizer, args, kwargs):
+        mark(units, on=True)
+        if not written_by_torch:
+            for state in optimizer.state.values():
+                state.update({key: unmarked(value) for key, value in state.items()})
+
+    hooks = [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
+    optimizer._optimizer_step_post_hooks.move_to_end(hooks[1].id, last=False)
+    return hooks
 
 
 def _then_plain(units, value):
@@ -97,32 +124,29 @@ def _refuse_unreduced(optimizer, units):
                     "outside of it; model.zero_grad() drops what was accumulated")
 
 
-def _refuse_unreached(model, optimizer):
-    """A forward without a backward, and no gradient: backward(inputs=[*model.parameters()])."""
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    if model.awaits_backward and not any(p.grad is not None for p in held):
-        raise RuntimeError(
-            f"{type(optimizer).__name__}.step() without any gradient, after a forward whose "
-            "backward has not come by the model: if it was loss.backward(inputs=…), leave the "
-            "inputs out")
-
-
-def _refuse_others_states(optimizer):
+def _refuse_others_states(optimizer, written):
     """States fit the elements that they were made for. Each group says which these are, and what it
-    says is saved and loaded with the states."""
+    says is saved and loaded with the states. written: what the last step of this optimizer wrote
+    there; anything else has been loaded. Returns what this step has written."""
+    now = []
     for group in optimizer.param_groups:
-        ours = [getattr(p, "elements", None) for p in group["params"]]
-        theirs = group.setdefault("zero_ref_elements", ours)
-        for p, loaded, own in zip(group["params"], theirs, ours):
+        ours = [getattr(p, "_elements", None) for p in group["params"]]
+        theirs = group.get("zero_ref_elements", ours)
+        loaded = [] if any(theirs is own for own in written) else zip(group["params"], theirs, ours)
+        for p, of_state, own in loaded:
             sizes = {value.numel() for value in optimizer.state.get(p, {}).values()
                      if isinstance(value, torch.Tensor) and value.ndim} if theirs is ours else set()
-            if loaded != own or (own != "all" and not sizes <= {p.numel()}):
-                what = f"elements {loaded}" if loaded != own else f"{max(sizes)} elements"
+            if of_state != own or (own != "all" and not sizes <= {p.numel()}):
+                what = f"elements {of_state}" if of_state != own else f"{max(sizes)} elements"
                 raise RuntimeError(
                     f"this {type(optimizer).__name__} has loaded states of {what} of a parameter, "
                     f"and on this rank it updates elements {own}: load what "
                     "optimizer.state_dict() gave on the same rank, with as many ranks and the same "
                     "units, at stage 0 or at one of the stages 1 to 3")
+        now.append(ours)
+    for group, ours in zip(optimizer.param_groups, now):
+        group["zero_ref_elements"] = ours
+    return now
 
 
 def _refuse_moved(units):

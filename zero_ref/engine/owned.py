@@ -18,7 +18,11 @@ _NORMS = {
     "logsumexp", "softmax", "log_softmax", "all", "any", "count_nonzero", "nonzero", "equal",
     "allclose", "histc", "unique", "sort", "argsort", "topk", "cumsum", "cumprod", "dot", "vdot",
     "inner", "cosine_similarity", "normalize", "layer_norm", "renorm", "batch_norm",
-    "matmul", "__matmul__", "__rmatmul__", "mm", "mv", "cov"}
+    "bmm", "addmv", "addmm", "addbmm", "baddbmm", "addr", "linear", "einsum", "tensordot", "cdist",
+    "pairwise_distance", "svdvals", "sum_to_size", "index_add", "index_add_", "scatter_add",
+    "scatter_add_", "index_reduce_", "scatter_reduce", "histogram", "bincount", "cummax", "cummin",
+    "logcumsumexp", "argwhere", "avg_pool1d", "max_pool1d", "matmul", "__matmul__",
+    "__rmatmul__", "mm", "mv", "cov"}
 _SUMS = {"sum", "nansum"}
 _PICKS = {"__getitem__", "index_select", "masked_select", "gather", "take"}  # others on every rank
 _VALUES = {"item", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
@@ -39,7 +43,7 @@ class Marked(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = _name(func)
         if func is torch.autograd.backward:  # the turn of MasterParameter, if it is among inputs
-            return func(*tree_map(_unmarked, args), **(kwargs or {}))
+            return func(*tree_map(unmarked, args), **(kwargs or {}))
         cls.refuse(name, args)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
@@ -106,6 +110,7 @@ class LocalGrad(GradSlice):
     It has no memory. Whoever drops it, or zeroes it, drops what no_sync() has left."""
 
     zeroed = False
+    data = property(lambda self: self)  # type: ignore[assignment]  # for p.grad.data.zero_()
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -116,6 +121,8 @@ class LocalGrad(GradSlice):
                     grad.zeroed = True
             others = [g for g in grads if not isinstance(g, LocalGrad)]
             return func(others, **(kwargs or {})) if others else args[0]
+        if func.__name__ == "detach":
+            return args[0]
         if func.__name__ in ("__get__", "requires_grad_", "detach_", "size", "numel", "dim",
                              "untyped_storage", "element_size", "is_floating_point", "is_complex"):
             with torch._C.DisableTorchFunctionSubclass():
@@ -151,7 +158,8 @@ class InLoss(Marked):
                 f"`{name.strip('_')}` of a parameter's slice, which is all that this rank has of "
                 "it, is not that of the parameter. In a loss, sums of squares or of absolute "
                 "values are right, for every rank adds its part: `p.square().sum()`; a norm or a "
-                "mean can be had at stage 0, or of the module's own parameters at stages 1 and 2")
+                "mean can be had at stage 0, of the module's own parameters at stages 1 and 2, and "
+                "without a gradient of those inside `with model.full_params():` at every stage")
 
 
 class PartOfSum(Marked):
@@ -171,7 +179,7 @@ class PartOfSum(Marked):
                 "parameters at stages 1 and 2; to look at a loss, use loss.detach() or loss.item()")
 
 
-def _unmarked(x):
+def unmarked(x):
     return x.as_subclass(Tensor) if isinstance(x, Marked) else x
 
 
@@ -194,7 +202,7 @@ def _of_two(name, args):
 class MasterParameter(nn.Parameter):
     """A parameter of `model.parameters()`. Its gradient is set, not accumulated by autograd."""
 
-    is_slice = False
+    _is_slice = False
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -206,13 +214,13 @@ class MasterParameter(nn.Parameter):
         if func is torch.autograd.backward and (inputs := (kwargs or {}).get("inputs")):
             # Those that a loss uses itself get gradients of their own, see InLoss.
             inputs = [inputs] if isinstance(inputs, Tensor) else [*inputs]
-            kwargs["inputs"] = [*inputs, *(p.original for p in inputs if isinstance(p, cls))]
+            kwargs["inputs"] = [*inputs, *(p._original for p in inputs if isinstance(p, cls))]
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         name = _name(func)
         with torch._C.DisableTorchFunctionSubclass():
             if name in ("__get__", "__set__") or not any(
-                    getattr(leaf, "is_slice", False) for leaf in tree_leaves((args, kwargs))):
+                    getattr(leaf, "_is_slice", False) for leaf in tree_leaves((args, kwargs))):
                 return func(*args, **(kwargs or {}))
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place or not (torch.is_grad_enabled() or name in _NORMS):
@@ -250,8 +258,8 @@ def master_parameter(view: Tensor, original: nn.Parameter, span: tuple[int, int]
     span: which elements of it these are, or None if it is the whole."""
     p = MasterParameter(view, requires_grad=original.requires_grad)
     p.__dict__.update(original.__dict__)
-    p.original, p.is_slice = original, span is not None
-    p.elements = "all" if span is None else f"{span[0]} to {span[1]}"
+    p._original, p._is_slice = original, span is not None
+    p._elements = "all" if span is None else f"{span[0]} to {span[1]}"
     return p
 
 
@@ -304,5 +312,5 @@ def mark(units, on: bool) -> None:
         for unit in units:
             for p in unit.master_params:
                 p.__class__ = MasterParameter if on else nn.Parameter
-                if p.is_slice and p.grad is not None:
+                if p._is_slice and p.grad is not None:
                     p.grad = p.grad.as_subclass(GradSlice if on else Tensor)

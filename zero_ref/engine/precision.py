@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .. import comm
+from .hooks import Hook
 from .owned import mark
 from .tree import map_tensors, tensors_in
 
@@ -70,7 +71,7 @@ class MixedPrecision:
 
     def guard_state_dict(self, model):
         """The module holds rounded values, which are neither to be saved nor to be loaded. A part
-        of it does, too; but not a copy, which has these hooks as well."""
+        of it does, too."""
         ref: Any = weakref.ref(model)
         members = weakref.WeakSet(model.module.modules())
 
@@ -80,7 +81,7 @@ class MixedPrecision:
                                    "model.state_dict() and model.load_state_dict(), where model is "
                                    "what zero_ref.wrap returned")
 
-        return [register(refuse) for module in members
+        return [register(Hook(refuse)) for module in members
                 for register in (module.register_state_dict_pre_hook,
                                  module.register_load_state_dict_pre_hook)]
 
@@ -96,8 +97,8 @@ def _compute_in(module, dtype):
     def after(_, args, output):
         return _cast(output, came_in[0])
 
-    return [module.register_forward_pre_hook(before, with_kwargs=True),
-            module.register_forward_hook(after)]
+    return [module.register_forward_pre_hook(Hook(before), with_kwargs=True),
+            module.register_forward_hook(Hook(after))]
 
 
 def own_precision(p: nn.Parameter, modules: list[nn.Module]) -> tuple[torch.dtype, torch.dtype]:

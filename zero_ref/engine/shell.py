@@ -17,7 +17,7 @@ from .. import comm
 from . import check, clip, failure, materialize, optimizers, writes
 from .buckets import buckets
 from .buffers import Buffers
-from .tree import tensors_in
+from .hooks import Hook
 from .units import Structure
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
@@ -37,7 +37,6 @@ class Shell(nn.Module):
         self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
         self._checker = check.checker(group) if checked else None
         self._sync = True  # whether backward reduces: False inside no_sync()
-        self.awaits_backward = False  # a forward has run, and its backward has not come by yet
         self._backward: Any = None  # the Backward that is running
         self._in_full_params = False
         original_names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -76,9 +75,9 @@ class Shell(nn.Module):
         if self.mixed_precision is not None:
             hooks += self.mixed_precision.watch_kept(self.module)
             hooks += self.mixed_precision.guard_state_dict(self)
-        # torch.compile may compile the module and its units, but neither our hooks nor our code.
+        # torch.compile may compile the module and its units, but not our code.
         _leave_our_code_to_python()
-        before = torch.compiler.disable(self._weak_hook("_pre_forward"))
+        before = self._module_hook("_pre_forward")
         for submodule in {unit.module for unit in self.units} - {self.module}:
             # First, before a hook of the user's may want to see the parameters.
             hooks.append(submodule.register_forward_pre_hook(before, prepend=True,
@@ -99,18 +98,30 @@ class Shell(nn.Module):
 
         return hook
 
+    def _module_hook(self, method: str) -> Callable:
+        """The same for a module, which torch.compile may compile without looking into the hook."""
+        return Hook(torch.compiler.disable(self._weak_hook(method)))
+
     # ---- around the stage's forward and step -----------------------------------------------------
 
     def forward(self, *args, **kwargs):
         self._drop_failed_backward()
         self._look_at_module()
         # Somebody wrote into model.parameters(), to clip weights for instance: all ranks need that.
-        self._follow([u for u in self.trainable if u.version != u.master._version])
+        written = [u for u in self.trainable if u.version != u.master._version]
+        try:
+            self._follow(written)
+        except RuntimeError as error:
+            if written:
+                raise RuntimeError(
+                    f"on this rank, parameters of {written[0].name!r} in model.parameters() have "
+                    "been written since the last step, and what other ranks keep of them could not "
+                    "be gathered: every rank has to write, even if none of what it owns changes"
+                ) from error
+            raise
         if self.mixed_precision is not None and not self._in_full_params:
             args, kwargs = self.mixed_precision.cast_inputs((args, kwargs))
-        output = self._forward(args, kwargs)
-        self.awaits_backward = any(t.requires_grad for t in tensors_in(output))
-        return output
+        return self._forward(args, kwargs)
 
     def _look_at_module(self) -> None:
         """Whether all still hangs where it did, and what has been written into it."""
@@ -253,12 +264,13 @@ class Shell(nn.Module):
         yield from self.module.named_buffers(prefix, recurse, remove_duplicate)
 
     def named_modules(self, memo=None, prefix: str = "", remove_duplicate: bool = True):
-        yield prefix, self
+        yield prefix, self  # in the place of the module inside
         frame: Any = sys._getframe()
         while frame is not None and frame.f_code is not nn.Module._named_members.__code__:
             frame = frame.f_back
         if frame is None:  # nobody collects parameters, which this module has itself
-            yield from self.module.named_modules(memo, prefix, remove_duplicate)
+            inside = self.module.named_modules(memo, prefix, remove_duplicate)
+            yield from ((name, m) for name, m in inside if m is not self.module)
 
     def named_children(self):
         yield from self.module.named_children()

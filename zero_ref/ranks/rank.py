@@ -15,6 +15,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ def _prepare_for_workers(jobs, control):
     # Classes and functions of the script came here by value, so that workers can have them only if
     # they are forked. In ranks, multiprocessing would otherwise go on to use a fork server.
     multiprocessing.set_start_method("fork" if sys.platform == "linux" else None, force=True)
+    ForkingPickler.reducer_override = travel.by_value  # type: ignore
     if os.name == "posix":
         os.setpgid(0, 0)  # workers are in the rank's process group, and end together with it
         # The caller hears that a rank has died from its connections, once nobody has them open.

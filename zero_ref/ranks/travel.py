@@ -3,8 +3,10 @@
 Functions, classes and data of a script or a notebook cell travel by value, with cloudpickle.
 """
 
+import functools
 import inspect
 import io
+import pickle
 import pkgutil
 import types
 from collections.abc import Callable, Iterator
@@ -39,8 +41,9 @@ def said(error: Exception) -> str:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """cloudpickle's, with two differences.
+    """cloudpickle's, with three differences.
 
+    A cached function travels as the function that it caches, with an empty cache.
     torch has modules of classes of its own, such as torch.backends.cudnn and torch.ops. They and
     torch's operators travel by name, too. And code keeps the name of its file, or cell, which
     tracebacks show; cloudpickle 3.1.3 replaces it.
@@ -50,6 +53,8 @@ class _Pickler(cloudpickle.Pickler):
         if type(obj) is types.CodeType:
             make, parts = self.dispatch_table[types.CodeType](obj)
             return _named_code, (obj.co_filename, make, parts)
+        if type(obj) is functools._lru_cache_wrapper and obj.__module__ == "__main__":
+            return _cached, (obj.__wrapped__, obj.cache_parameters())
         name = None
         if issubclass(type(obj), types.ModuleType) and type(obj) is not types.ModuleType:
             name = obj.__name__
@@ -59,6 +64,19 @@ class _Pickler(cloudpickle.Pickler):
             if name is not None and pkgutil.resolve_name(name) is obj:
                 return pkgutil.resolve_name, (name,)
         return super().reducer_override(obj)
+
+
+def by_value(pickler: object, obj: object) -> object:
+    """The `reducer_override` of another pickler: functions and classes of a script, which have come
+    here by value, go on by value."""
+    by_name = type | types.FunctionType | functools._lru_cache_wrapper
+    if isinstance(obj, by_name) and obj.__module__ == "__main__":
+        return pickle.loads, (dumps(obj),)
+    return NotImplemented
+
+
+def _cached(fn, parameters):
+    return functools.lru_cache(**parameters)(fn)
 
 
 def _named_code(filename, make, parts):
