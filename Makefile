@@ -74,7 +74,8 @@ notebooks: .venv/.installed-lab
 test-browser: .venv/.installed-browser
 	$(BIN)/pytest tests/browser -s -x $(ARGS)
 
-# pip compiles all of torch, in half a minute; Python compiles what is imported, in seconds.
+# pip would compile all of torch, in half a minute, where Python compiles what it imports. Only where
+# many processes follow it is worth it, on all cores.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -85,6 +86,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .venv/.installed-%: .venv/.installed
 	$(PIP_INSTALL) -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 clean:

@@ -65,7 +65,8 @@ def main(rank: int, world_size: int, backend: str, meeting: str, jobs: Connectio
     def send(kind: str, value: Any) -> None:
         if os.getpid() != this_process:  # a worker, which cannot answer for the rank
             if kind == "line":
-                print(f"[rank {rank}] {value}", file=sys.__stdout__, flush=True)
+                # In one piece, for workers of other ranks write there, too.
+                print(f"[rank {rank}] {value}\n", end="", file=sys.__stdout__, flush=True)
                 return
             os._exit(kind == "failed")
         try:
