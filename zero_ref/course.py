@@ -14,10 +14,12 @@ _SCREENFUL = 60  # lines
 
 
 def build(seed: int = 0) -> nn.Sequential:
-    """Three layers for the 8×8 digits: (batch, 1, 8, 8) → (batch, 10) logits. 1,482 parameters."""
+    """Six equal layers for the 8×8 digits, made 4×4: (batch, 1, 8, 8) → (batch, 16) logits, of
+    which ten have a digit. Each layer has 16·16 + 16 = 272 parameters and is a unit, all have 1,632.
+    """
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(),
-                         nn.Linear(16, 10))
+    image = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
+    return nn.Sequential(image, *(nn.Sequential(nn.Tanh(), nn.Linear(16, 16)) for _ in range(6)))
 
 
 def batch(step: int, rank: int, size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
