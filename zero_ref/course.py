@@ -44,18 +44,22 @@ def show(*objects: Callable) -> None:
         display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
 
-def verdict(what: str, predicted: Any, measured: Any) -> None:
-    """Hold the learner's prediction against what was measured."""
+def verdict(what: str, predicted: Any, measured: Any,
+            mistakes: Mapping[Any, str] | None = None) -> None:
+    """Hold the learner's prediction against what was measured, which is not shown before.
+
+    mistakes: what to say about wrong predictions that people make, {value: remark}.
+    """
     if predicted is None:
-        print(f"{what}: measured {_number(measured)}. Type your prediction in above and run again.")
+        print(f"{what}: type your prediction in above, then run both cells.")
+        return
+    how = "not what was measured: why?"
+    if _equal(predicted, measured):
+        how = "right"
     else:
-        how = "not what you expected: why?"
-        if predicted == measured:
-            how = "right"
-        elif {type(predicted), type(measured)} <= {int, float} and (
-                abs(predicted - measured) <= 0.01 * abs(measured)):
-            how = "right, within one percent: padding, for instance"
-        print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)} — {how}")
+        how = next((remark for value, remark in (mistakes or {}).items()
+                    if _equal(predicted, value)), how)
+    print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)}: {how}")
 
 
 def same_bits(reference: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> bool:
@@ -73,6 +77,12 @@ def check_stages(weights: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
             equal = same_bits(weights[0], state)
             print(f"check: stage {stage} equals stage 0, bit for bit: {'yes' if equal else 'NO'}")
             assert equal, f"the weights of stage {stage} are not those of stage 0"
+
+
+def _equal(a, b):
+    if {type(a), type(b)} <= {int, float}:
+        return abs(a - b) <= 1e-3 * abs(b)
+    return a == b
 
 
 def _number(value):
