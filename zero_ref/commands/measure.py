@@ -163,7 +163,10 @@ class _Run:
         self.names = [name for name, _ in net.named_parameters()]
         self.model = system.wrap(net, task, settings)
         self.optimizer = task.optimizer([*self.model.parameters()])
-        if settings.groups not in (None, found := groups(self.optimizer)):
+        found = groups(self.optimizer)
+        # A user's system may have one parameter for several, as FSDP1 has.
+        alike = system.kind == "user" and len(found) == len(settings.groups or ())
+        if settings.groups not in (None, found) and not alike:
             raise ValueError(
                 f"optimizer(params) sorts the bare module's parameters into groups of "
                 f"{settings.groups}, and this system's into groups of {found}: from stage 1 on, "

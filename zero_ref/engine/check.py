@@ -7,6 +7,8 @@ other rank before each collective.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from weakref import WeakValueDictionary
 
@@ -71,6 +73,16 @@ def checker(group: dist.ProcessGroup) -> Checker:
     if found is None:
         found = _checkers[group.group_name] = Checker(group)
     return found
+
+
+@contextmanager
+def comparing(group: dist.ProcessGroup, checker: Checker) -> Iterator[None]:
+    """Check the group's collectives with this checker until the block ends."""
+    _checkers[group.group_name] = checker
+    try:
+        yield
+    finally:
+        del _checkers[group.group_name]
 
 
 def compare(group: dist.ProcessGroup, op: str, unit: str, phase: str, numel: int,

@@ -41,6 +41,15 @@ class RankError(RuntimeError):
         return str(self).splitlines()
 
 
+class Stuck(RuntimeError):
+    """Ranks were not done in time. finished: those that were. where: for each of the others a text,
+    with its lines."""
+
+    def __init__(self, seconds: float, finished: list[int], where: list[str]):
+        super().__init__("\n".join([f"not done after {seconds:g} s", *where]))
+        self.finished, self.where = finished, where
+
+
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, or Kernel → Interrupt, while ranks were running. The text says where each was."""
 

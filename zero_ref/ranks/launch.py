@@ -6,6 +6,7 @@ function gets there, and errors.py how a failure gets from there to here.
 """
 
 import atexit
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -42,6 +43,13 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any,
     starts new ones), KeyboardInterrupt, ValueError if world_size is below 1 or if something cannot
     travel to the ranks, such as a lock, and RuntimeError in a process that is a rank itself.
     """
+    return within(math.inf, fn, world_size, *args, backend=backend)
+
+
+def within(seconds: float, fn: Callable[..., Any], world_size: int, *args: Any,
+           backend: str | None = None) -> list[Any]:
+    """`launch` with a limit. Raises errors.Stuck, which says where each rank was, if they are not
+    done after that time; all ranks are ended then."""
     if type(world_size) is not int or world_size < 1:
         raise ValueError(f"world_size={world_size!r}: must be a whole number, 1 or more")
     if dist.is_available() and dist.is_initialized():
@@ -56,7 +64,7 @@ def launch(fn: Callable[..., Any], world_size: int, *args: Any,
                 pool.close()  # one of its ranks has died meanwhile
             pool = _pools[world_size, backend] = Pool(world_size, backend)
         try:
-            return pool.run(job)
+            return pool.run(job, seconds)
         except KeyboardInterrupt:
             text = ["Interrupted. All ranks were ended; the next call starts new ones."]
             text += [f"rank {rank} had finished" for rank in range(world_size)

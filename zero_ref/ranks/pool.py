@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from . import rank as rank_side
-from .errors import Failure, RankError, formatted
+from .errors import Failure, RankError, Stuck, formatted
 from .output import output
 
 _GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
@@ -82,11 +82,11 @@ class Pool:
         self.ranks = []
         self.meeting.cleanup()
 
-    def run(self, job: bytes) -> list[Any]:
+    def run(self, job: bytes, seconds: float = math.inf) -> list[Any]:
         """Run a pickled (fn, args) on every rank. Returns their results in rank order.
 
-        Raises RankError if a rank fails. The pool is of no use then: close it. It closes itself if
-        a function has destroyed the process group.
+        Raises RankError if a rank fails, and Stuck if some are not done in time. The pool is of no
+        use then: close it. It closes itself if a function has destroyed the process group.
         """
         message = pickle.dumps((dict(os.environ), os.getcwd(), job))
         for to_rank in self.jobs:
@@ -95,7 +95,7 @@ class Pool:
         failures: dict[int, Failure] = {}
         self.unfinished = set(range(len(self.ranks)))
         waiting: dict[Any, int] = dict(zip(self.jobs, range(len(self.jobs))))
-        deadline, group_is_there = math.inf, True
+        deadline, group_is_there = time.monotonic() + seconds, True
         with output(len(self.ranks)) as shown:
             while waiting and time.monotonic() < deadline:
                 wake = min(deadline, shown.due())
@@ -115,6 +115,8 @@ class Pool:
                         deadline = min(deadline, time.monotonic() + _GRACE)
         if failures:
             raise self._error(failures, sorted(waiting.values()))
+        if waiting:
+            raise Stuck(seconds, sorted(results), self.where(sorted(waiting.values()), timeout=2))
         if not group_is_there:
             self.close()
         return [results[rank] for rank in sorted(results)]

@@ -1,0 +1,8 @@
+"""The exercises of the course: what an answer is run on, its solution, and wrong answers."""
+
+from .exercise import Exercise
+from .on_collectives import ON_COLLECTIVES
+from .on_numbers import ON_NUMBERS
+from .on_stages import ON_STAGES
+
+EXERCISES: dict[str, Exercise] = dict(sorted({**ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES}.items()))

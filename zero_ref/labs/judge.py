@@ -1,0 +1,240 @@
+"""`check("4.2", answer)`: what a learner's answer does on real ranks, and what it should do."""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..engine import check as checking
+from ..ranks.errors import RankError, Stuck
+from ..ranks.launch import launch, within
+from .exercise import Exercise, Mistake, Observed, Todo
+
+LIMIT = 5  # seconds for an answer, on ranks that are there: what does not wait takes milliseconds
+
+
+@dataclass
+class Verdict:
+    """What `check` answers. It shows its text."""
+
+    passed: bool
+    text: str
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+@dataclass
+class Failed:
+    """An answer gave no result: it raised, or was stuck. text: for the learner. reason: the
+    error's own."""
+
+    text: str
+    reason: str
+
+
+Outcome = list[Observed | Todo] | Failed  # of each rank
+
+
+def check(name: str, answer: Any) -> Verdict:
+    """Judge the answer to an exercise, a question or an ordering of lines, by its name alone: a
+    function or class is run on real ranks. Never raises, except for Ctrl-C, and takes at most a few
+    seconds, also if ranks wait for each other for ever."""
+    try:
+        return _check(name, answer)
+    except Exception as error:
+        return Verdict(False, f"{name} could not be judged. {type(error).__name__}: {error}")
+
+
+def _check(name, answer):
+    from .exercises import EXERCISES
+    from .ordering import ORDERINGS
+    from .questions import QUESTIONS
+
+    if name in EXERCISES:
+        return judge(name, EXERCISES[name], answer)
+    if name in ORDERINGS:
+        return ORDERINGS[name].judge(name, answer)
+    if name in QUESTIONS:
+        return _question(name, QUESTIONS[name], answer)
+    names = [*EXERCISES, *ORDERINGS]
+    near = [n for n in (*names, *QUESTIONS) if n.split(".")[0] == str(name).split(".")[0]]
+    return Verdict(False, f"There is no exercise {name!r}. There are "
+                          f"{', '.join(sorted(near or names))}.")
+
+
+def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
+    """Run the answer on each number of ranks, until something is not as the solution has it."""
+    if not callable(answer):
+        return Verdict(False, f"{name} takes {exercise.takes}, and got {_shown(answer)}.")
+    found: list[Observed] = []
+    for world_size in exercise.world_sizes:
+        outcome = outcome_of(exercise, world_size, answer)
+        if isinstance(outcome, Failed):
+            hint = _hint_for_error(exercise, outcome)
+            return Verdict(False, "\n".join([f"{name} is not right yet, on {world_size} ranks.",
+                                             outcome.text, *hint]))
+        if holes := [seen for seen in outcome if isinstance(seen, Todo)]:
+            return Verdict(False, f"{name}: not yet. Write your own lines in place of "
+                                  f"todo({str(holes[0])!r}).")
+        expected = _of_solution(name, world_size)
+        for rank, (seen, wanted) in enumerate(zip(outcome, expected)):
+            assert not isinstance(seen, Todo)
+            wrong = [what for what in wanted if not same(seen.get(what), wanted[what])]
+            if wrong:
+                where = f"{name} is not right yet, on {world_size} ranks. On rank {rank}:"
+                lines = [_difference(what, wanted[what], seen.get(what)) for what in wrong]
+                hint = _hint(name, exercise, world_size, outcome, wrong[0])
+                return Verdict(False, "\n".join([where, *lines, *hint]))
+        found.append(expected[0])
+    numbers = [f"{what} {_shown(value)}" for what, value in found[0].items()
+               if isinstance(value, int) and not isinstance(value, bool)]
+    sizes = " and ".join(map(str, exercise.world_sizes))
+    facts = f" On rank 0 of {exercise.world_sizes[0]}: {', '.join(numbers)}." if numbers else ""
+    return Verdict(True, f"{name} is right, on {sizes} ranks.{facts}")
+
+
+def outcome_of(exercise: Exercise, world_size: int, answer: Any) -> Outcome:
+    """What an answer does on that many ranks."""
+    launch(_ready, world_size)  # starting ranks is not the answer's time
+    try:
+        return within(LIMIT, _observed, world_size, exercise.observe, answer)
+    except Stuck as error:
+        return Failed(_who_waits(error, world_size), "stuck")
+    except RankError as error:
+        lines = _learners_lines(str(error))
+        return Failed(f"Rank {error.rank} raised {error.kind}: {error.reason}{lines}",
+                      f"{error.kind}: {error.reason}")
+
+
+@functools.cache
+def _of_solution(name: str, world_size: int) -> list[Observed]:
+    from .exercises import EXERCISES
+
+    exercise = EXERCISES[name]
+    outcome = outcome_of(exercise, world_size, exercise.solution)
+    assert isinstance(outcome, list), outcome
+    return [seen for seen in outcome if not isinstance(seen, Todo)]
+
+
+@functools.cache
+def _of_mistake(name: str, index: int, world_size: int) -> Outcome:
+    from .exercises import EXERCISES
+
+    exercise = EXERCISES[name]
+    return outcome_of(exercise, world_size, exercise.mistakes[index].code)
+
+
+# ---- on the ranks --------------------------------------------------------------------------------
+
+
+def _ready() -> None:
+    pass
+
+
+def _observed(observe: Callable[[Any], Observed], answer: Any) -> Observed | Todo:
+    # Ranks that are about to do different things say so, instead of waiting for each other.
+    with checking.comparing(dist.group.WORLD, _checker()):
+        try:
+            return observe(answer)
+        except Todo as hole:
+            return hole
+
+
+@functools.cache
+def _checker() -> checking.Checker:
+    return checking.Checker(dist.group.WORLD)
+
+
+# ---- what differs, and why -----------------------------------------------------------------------
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two observations are equal, tensors bit for bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _hint(name, exercise, world_size, outcome, first):
+    for index, mistake in enumerate(exercise.mistakes):
+        if mistake.raises is not None:
+            continue
+        known = _of_mistake(name, index, world_size)
+        if not isinstance(known, Failed) and all(map(same, known, outcome)):
+            return [f"Hint: {mistake.hint}"]
+    return [f"Hint: {exercise.hints[first]}"] if first in exercise.hints else []
+
+
+def _hint_for_error(exercise: Exercise, failed: Failed) -> list[str]:
+    known: list[Mistake] = [m for m in exercise.mistakes
+                            if m.raises is not None and re.search(m.raises, failed.reason)]
+    return [f"Hint: {known[0].hint}"] if known else []
+
+
+def _difference(what, expected, got):
+    if isinstance(expected, dict) and isinstance(got, dict):  # the weights, say
+        wrong = [key for key in expected if not same(expected[key], got.get(key))]
+        if not wrong:
+            return f"  {what}: unexpected {', '.join(map(str, got.keys() - expected.keys()))}"
+        inner = _difference(wrong[0], expected[wrong[0]], got.get(wrong[0])).strip()
+        return f"  {what}: {len(wrong)} of {len(expected)} differ, the first is {inner}"
+    if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor) and (
+            expected.shape == got.shape and expected.numel() > 12):
+        off = (expected.double() - got.double()).abs().max().item()
+        return f"  {what}: differs by up to {off:.2g}"
+    return f"  {what}: expected {_shown(expected)}, got {_shown(got)}"
+
+
+def _shown(value):
+    if isinstance(value, torch.Tensor):
+        if value.numel() > 12:
+            return f"a tensor of shape {tuple(value.shape)}"
+        return str([round(x, 6) for x in value.flatten().tolist()]).replace(".0,", ",").replace(
+            ".0]", "]")
+    if isinstance(value, bool) or not isinstance(value, int):
+        text = repr(value) if not isinstance(value, str) else value
+        return text if len(text) <= 200 else text[:200] + "…"
+    return f"{value:,}"
+
+
+def _who_waits(error: Stuck, world_size: int) -> str:
+    places: dict[str, list[str]] = {}
+    for text in error.where:
+        rank, _, place = text.partition("\n")
+        places.setdefault(_learners_lines(place) or "\n" + place, []).append(rank.split()[1])
+    lines = [f"After {LIMIT} s, rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} still "
+             f"wait{'s' * (len(ranks) == 1)}, at{place}" for place, ranks in places.items()]
+    if error.finished:
+        lines.append(f"Rank {', '.join(map(str, error.finished))} had finished, and does not come "
+                     "to what the others wait for.")
+    lines.append("Every rank has to take part in each exchange and collective, in the same order.")
+    return "\n".join(lines)
+
+
+def _learners_lines(text):
+    """The last line of an error's traceback that is not the package's, with its file and number."""
+    found = re.findall(r'^  File "(.*)", line (\d+), in .*\n    (.*)$', text, re.MULTILINE)
+    theirs = [(file, line, code) for file, line, code in found if "/zero_ref/" not in file]
+    return f"\n  {theirs[-1][0]}, line {theirs[-1][1]}: {theirs[-1][2]}" if theirs else ""
+
+
+def _question(name, question, answer):
+    letter = str(answer).strip().lower()
+    if answer is None:
+        return Verdict(False, f"{name}: not yet. Type a letter in.")
+    if letter == question.right:
+        return Verdict(True, f"{name} is right.")
+    if letter not in question.options:
+        return Verdict(False, f"{name} takes one of the letters {', '.join(question.options)}, "
+                              f"and got {answer!r}.")
+    return Verdict(False, f"{name}: {letter} is not right. {question.remarks[letter]}")

@@ -1,0 +1,482 @@
+"""Exercises on the stages: classes like those of small.py, which are trained on real ranks."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from .. import comm, course
+from ..observe import memory
+from ..observe.trace import Event, Trace, recording_into, trace
+from . import small
+from .exercise import Exercise, Mistake, Observed
+
+# ---- what an answer is run on --------------------------------------------------------------------
+
+
+def _with(answer: type, **methods: Any) -> type:
+    """The answer, with some of its methods replaced by the solution's."""
+    return type(answer.__name__, (answer,), methods)
+
+
+def _weights(model):
+    return {name.removeprefix("module."): value.detach().clone()
+            for name, value in model.state_dict().items()}
+
+
+def _backward(model, step):
+    images, labels = course.batch(step, dist.get_rank())
+    F.cross_entropy(model(images), labels).backward()
+
+
+def _messages(events: list[Event]) -> dict[str, int]:
+    return dict(Counter(f"{event.op} in {event.phase}" for event in events))
+
+
+def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict) -> Observed:
+    """Of the last step: what was sent, and what was held before the optimizer's step."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(steps):
+        with trace() as sent:
+            _backward(model, step)
+            held, more = memory.resident(model, optimizer), after_backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"bytes of optimizer states": held["optimizer"], "bytes of gradients": held["gradients"],
+            "bytes of parameters": held["parameters"], "bytes sent": sent.wire_bytes(),
+            "messages": _messages(sent.events), **more, "weights": _weights(model)}
+
+
+def _observe_start(answer) -> Observed:
+    with trace() as sent:
+        model = answer(course.build(seed=dist.get_rank()))
+    return {"weights": _weights(model), "bytes sent": sent.wire_bytes(),
+            "messages": _messages(sent.events)}
+
+
+def _observe_average(answer) -> Observed:
+    model = _with(answer, start=small.Stage0.start)(course.build(seed=dist.get_rank()))
+    with trace() as sent:
+        _backward(model, 0)
+    return {"gradients": {unit.name: _like(unit.owned.grad) for unit in model.units},
+            "bytes sent": sent.wire_bytes(), "messages": _messages(sent.events)}
+
+
+def _like(grad):
+    return None if grad is None else grad.detach().clone()
+
+
+def _observe_stage(answer) -> Observed:
+    return _train(answer(course.build(seed=dist.get_rank())))
+
+
+def _observe_sharded(answer) -> Observed:
+    model = answer(course.build(seed=dist.get_rank()))
+    unit = model.units[0]
+    before = unit.flat.clone()
+    full = before.nbytes
+    found: Observed = {}
+    model.free(unit)
+    found["bytes of the flat buffer after free"] = unit.flat.untyped_storage().nbytes()
+    found["bytes of the layer's weight after free"] = (
+        unit.params[0].untyped_storage().nbytes())
+    found["bytes of the shard after free"] = unit.shard.untyped_storage().nbytes()
+    found["elements of the shard"] = unit.shard.numel()
+    found["the optimizer's parameter is the shard's memory"] = (
+        unit.owned.data_ptr() == unit.shard.data_ptr())
+    if found["bytes of the shard after free"] == 0:
+        return found
+    unit.owned.data.mul_(2)  # as if the optimizer had stepped
+    with trace() as sent:
+        model.gather(unit, "forward")
+    found["messages"] = _messages(sent.events)
+    found["bytes sent"] = sent.wire_bytes()
+    found["bytes of the flat buffer after gather"] = unit.flat.untyped_storage().nbytes()
+    if sent.events and unit.flat.untyped_storage().nbytes() == full:
+        found["the flat buffer after gather"] = unit.flat.detach().clone()
+        found["the layer's weight after gather"] = unit.params[0].detach().clone()
+    return found
+
+
+class _Fullest(Trace):
+    """Notes how many units' full parameters were there at once, when something was sent."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.units, self.most = units, 0
+
+    def add(self, event: Event) -> None:
+        super().add(event)
+        if event.phase != "state_dict":
+            self.most = max(self.most, _full_units(self.units))
+
+
+def _full_units(units):
+    return sum(unit.flat.untyped_storage().nbytes() > 0 for unit in units)
+
+
+def _observe_hooks(answer) -> Observed:
+    model = answer(course.build(seed=dist.get_rank()))
+    found: Observed = {"full units before the first step": _full_units(model.units)}
+    watch = _Fullest(model.units)
+    with recording_into(watch):
+        found |= _train(model, after_backward=lambda: {
+            "full units after backward": _full_units(model.units)})
+    found["most full units at one time"] = watch.most
+    with torch.no_grad():
+        model(course.batch(0, dist.get_rank())[0])
+    found["full units after a forward without gradients"] = _full_units(model.units)
+    return found
+
+
+# ---- solutions and wrong answers -----------------------------------------------------------------
+
+
+class _FromEachRank(small.Stage0):
+    def start(self, unit):
+        pass
+
+
+class _AverageAtStart(small.Stage0):
+    def start(self, unit):
+        comm.all_reduce(unit.flat, self.group, unit=unit.name, phase="init",
+                        divide_by=self.world_size).wait()
+
+
+class _ShardFromEach(small.Stage0):
+    def start(self, unit):
+        comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase="init").wait()
+
+
+class _OnlyRank0Broadcasts(small.Stage0):
+    def start(self, unit):
+        if self.rank == 0:
+            comm.broadcast(unit.flat, self.group, unit=unit.name, phase="init").wait()
+
+
+class _BroadcastsACopy(small.Stage0):
+    def start(self, unit):
+        comm.broadcast(unit.flat.clone(), self.group, unit=unit.name, phase="init").wait()
+
+
+class _Sum(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = grad
+
+
+class _Local(small.Stage0):
+    def reduce(self, unit, grad):
+        unit.owned.grad = grad
+
+
+class _DividedTwice(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+        unit.owned.grad = grad / self.world_size
+
+
+class _NotDelivered(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+
+
+class _SliceOnly(small.Stage0):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward",
+                            divide_by=self.world_size).wait()
+        unit.owned.grad = grad
+
+
+class AllReduceStage1(small.Stage0):
+    """Stage 1 that sends 3Ψ·(N-1)/N: everyone gets the whole mean, and uses its slice of it."""
+
+    def own(self, unit):
+        return unit.shard
+
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+        unit.owned.grad = grad.chunk(self.world_size)[self.rank]
+
+    def after_step(self, unit):
+        comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase="step").wait()
+
+
+class _OwnsEverything(AllReduceStage1):
+    def own(self, unit):
+        return unit.flat
+
+    def reduce(self, unit, grad):
+        small.Stage0.reduce(self, unit, grad)
+
+
+class _NothingGathered(AllReduceStage1):
+    def after_step(self, unit):
+        pass
+
+
+class _GathersGradients(AllReduceStage1):
+    def after_step(self, unit):
+        full = torch.empty_like(unit.flat)
+        comm.all_gather(full, unit.owned.grad.contiguous(), self.group, unit=unit.name,
+                        phase="step").wait()
+
+
+class _Rank0sSlice(AllReduceStage1):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+        unit.owned.grad = grad.chunk(self.world_size)[0]
+
+
+class _WholeGradientForASlice(AllReduceStage1):
+    def reduce(self, unit, grad):
+        small.Stage0.reduce(self, unit, grad)
+
+
+class _BroadcastsInstead(AllReduceStage1):
+    def after_step(self, unit):
+        comm.broadcast(unit.flat, self.group, unit=unit.name, phase="step").wait()
+
+
+class _ReduceScatterOfSums(small.Stage1):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine
+
+
+class _GathersGradientsToo(small.Stage1):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward",
+                            divide_by=self.world_size).wait()
+        comm.all_gather(grad, mine, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine
+
+
+class _LocalSlice(small.Stage1):
+    def reduce(self, unit, grad):
+        unit.owned.grad = grad.chunk(self.world_size)[self.rank]
+
+
+class _Stage1WithoutGather(small.Stage1):
+    def after_step(self, unit):
+        pass
+
+
+class _Stage1OnlyRank0Gathers(small.Stage1):
+    def after_step(self, unit):
+        if self.rank == 0:
+            super().after_step(unit)
+
+
+class _StillAView(small.Stage2):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward",
+                            divide_by=self.world_size).wait()
+        unit.owned.grad = mine
+
+
+class _Stage2Sum(small.Stage2):
+    def reduce(self, unit, grad):
+        mine = torch.empty_like(unit.shard)
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine
+
+
+class _EmptiesTheGradient(small.Stage2):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward",
+                            divide_by=self.world_size).wait()
+        grad.untyped_storage().resize_(0)
+        unit.owned.grad = torch.zeros_like(unit.shard)
+
+
+class _AllReduceThenCopy(small.Stage2):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+        unit.owned.grad = grad.chunk(self.world_size)[self.rank].clone()
+
+
+class _ShardIsAView(small.Sharded):
+    def own(self, unit):
+        return unit.shard
+
+
+class _PointsElsewhere(small.Sharded):
+    def free(self, unit):
+        for p in unit.params:
+            p.data = torch.empty(0)
+
+
+class _FreesNothing(small.Sharded):
+    def free(self, unit):
+        unit.flat.zero_()
+
+
+class _TooLittleMemory(small.Sharded):
+    def gather(self, unit, phase):
+        unit.flat.untyped_storage().resize_(unit.flat.numel())
+        comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase=phase).wait()
+
+
+class _NothingSent(small.Sharded):
+    def gather(self, unit, phase):
+        unit.flat.untyped_storage().resize_(unit.flat.numel() * unit.flat.element_size())
+
+
+class _KeptAfterForward(small.Stage3):
+    def after_forward(self, unit, output):
+        if output.requires_grad:
+            output.register_hook(lambda grad: None)
+
+
+class _NotGatheredForBackward(small.Stage3):
+    def after_forward(self, unit, output):
+        self.free(unit)
+
+
+class _KeptAfterBackward(small.Stage3):
+    def reduce(self, unit, grad):
+        small.Stage2.reduce(self, unit, grad)
+
+
+class _GathersAfterTheStep(small.Stage3):
+    def after_step(self, unit):
+        self.gather(unit, "step")
+        self.free(unit)
+
+
+class _NoReshardAfterForward(small.Stage3):
+    def after_forward(self, unit, output):
+        if not output.requires_grad:
+            self.free(unit)
+
+
+_GRADS = {"gradients": "The optimizer wants the mean of the ranks' gradients in unit.owned.grad.",
+          "bytes sent": "One all_reduce of the unit's gradients: 2·(N-1)/N of their bytes.",
+          "messages": "One all_reduce for each unit."}
+_STEP = {"bytes of optimizer states": "The optimizer keeps states for what it is given: "
+         "unit.owned, which is what `own` returns.",
+         "bytes of gradients": "A tensor keeps its whole storage alive, also if it is a view of a "
+         "part of it.",
+         "bytes sent": "Go through your step: which collectives, of how many elements each?",
+         "messages": "Which collectives does the target allow in which phase?",
+         "weights": "All that is held and sent is right, but the weights are not stage 0's. Is it "
+         "the mean? Is it this rank's own slice?"}
+
+ON_STAGES = {
+    "2.1": Exercise(
+        "a class like small.Stage0, with a method start(self, unit)", _observe_start, small.Stage0,
+        [
+            Mistake(_FromEachRank, "Nothing was sent, so each rank begins with its own random "
+                    "weights. Everyone has to get rank 0's."),
+            Mistake(_AverageAtStart, "All ranks begin with the same weights, but with the mean of "
+                    "random ones, which nobody has chosen. Everyone is to get rank 0's."),
+            Mistake(_ShardFromEach, "All ranks begin with the same weights, but each slice is "
+                    "another rank's. Everyone is to get rank 0's: broadcast."),
+            Mistake(_OnlyRank0Broadcasts, "A broadcast is a collective: all ranks call it, and "
+                    "those that receive, too.", "stuck|is missing|diverge"),
+            Mistake(_BroadcastsACopy, "What arrives is thrown away: the collective has to write "
+                    "into unit.flat itself, of which the module's parameters are views."),
+        ],
+        {"weights": "After wrapping, every rank's module is to have rank 0's values.",
+         "messages": "One broadcast for each unit."}),
+    "2.2": Exercise(
+        "a class like small.Stage0, with a method reduce(self, unit, grad)", _observe_average,
+        small.Stage0, [
+            Mistake(_Sum, "That is the sum of the ranks' gradients, N times their mean: a learning "
+                    "rate N times as large. Divide by world_size: divide_by=…"),
+            Mistake(_Local, "Nothing was sent: each rank would follow its own images only."),
+            Mistake(_DividedTwice, "Divided twice by the number of ranks."),
+            Mistake(_NotDelivered, "The mean is computed, but the optimizer does not get it: it "
+                    "looks at unit.owned.grad."),
+            Mistake(_SliceOnly, "With reduce_scatter only this rank's slice of `grad` is the mean. "
+                    "At stage 0 everyone needs all of it: all_reduce."),
+        ], _GRADS),
+    "4.1": Exercise(
+        "a class like small.Stage0, with own, reduce and after_step", _observe_stage,
+        AllReduceStage1, [
+            Mistake(_OwnsEverything, "The optimizer still owns the whole unit, and keeps states "
+                    "for all of it. Let `own` return this rank's shard."),
+            Mistake(_NothingGathered, "Each rank has updated its own slice, and nobody has told "
+                    "the others. Gather the parameters after the step."),
+            Mistake(_GathersGradients, "You gather gradients. What the others need is what the "
+                    "optimizer has made of them: the updated parameters."),
+            Mistake(_Rank0sSlice, "Every rank takes the first slice of the gradient. It has to be "
+                    "the slice of `self.rank`."),
+            Mistake(_BroadcastsInstead, "A broadcast sends rank 0's version of everything, in "
+                    "which only rank 0's slice is updated."),
+            Mistake(_WholeGradientForASlice, "The optimizer's parameter is a slice, so its "
+                    "gradient has to be the same slice of `grad`.", "different size|shape|assign"),
+        ], _STEP),
+    "4.2": Exercise(
+        "a class like small.Stage1", _observe_stage, small.Stage1, [
+            Mistake(AllReduceStage1, "That works, and sends 1.5 times what is needed: with "
+                    "all_reduce everyone gets the whole mean, of which it uses a slice."),
+            Mistake(_ReduceScatterOfSums, "That is the sum of the gradients. Divide by the number "
+                    "of ranks: divide_by=…"),
+            Mistake(_GathersGradientsToo, "The gradients are gathered again after the "
+                    "reduce_scatter. A rank needs its own slice of them and nothing else."),
+            Mistake(_LocalSlice, "Your slice of `grad` is this rank's own gradient: it has not "
+                    "been added to the others' yet."),
+            Mistake(_Stage1WithoutGather, "Each rank has updated its own slice, and nobody has "
+                    "told the others. Gather the parameters after the step."),
+            Mistake(_Stage1OnlyRank0Gathers, "A gather is a collective: all ranks call it.",
+                    "stuck|is missing|diverge"),
+        ], _STEP),
+    "5.1": Exercise(
+        "a class like small.Stage2, with a method reduce", _observe_stage, small.Stage2, [
+            Mistake(_StillAView, "The slice is a view of the full buffer, and keeps all of it "
+                    "alive: by memory that is stage 1. Let the sum arrive in memory of its own."),
+            Mistake(_Stage2Sum, "That is the sum of the gradients. Divide by the number of ranks: "
+                    "divide_by=…"),
+            Mistake(_EmptiesTheGradient, "The result has gone together with the buffer in which it "
+                    "was. It needs memory of its own before the buffer is emptied."),
+            Mistake(_AllReduceThenCopy, "The memory is right, but all_reduce sends twice what "
+                    "reduce_scatter sends, for slices that you throw away."),
+        ], _STEP),
+    "6.1": Exercise(
+        "a class like small.Sharded, with own, gather and free", _observe_sharded, small.Sharded, [
+            Mistake(_ShardIsAView, "The shard is a view of the flat buffer, so emptying the buffer "
+                    "empties the shard, which nobody else has. Clone it."),
+            Mistake(_PointsElsewhere, "You point the parameters elsewhere, but the flat buffer is "
+                    "still there, and so is what autograd has saved of it. Empty its storage."),
+            Mistake(_FreesNothing, "Zeros take as much memory as other numbers. Empty the storage: "
+                    "untyped_storage().resize_(0)."),
+            Mistake(_TooLittleMemory, "resize_ counts bytes, not elements: an element of fp32 has "
+                    "4.", "out of bounds|storage"),
+            Mistake(_NothingSent, "The memory is there, but nobody has sent anything."),
+        ],
+        {"the flat buffer after gather": "All slices, each from its owner's shard.",
+         "bytes of the flat buffer after free": "untyped_storage().resize_(0)"}),
+    "6.2": Exercise(
+        "a class like small.Stage3, with its four hooks", _observe_hooks, small.Stage3, [
+            Mistake(_KeptAfterForward, "The units stay there from forward to backward, so at the "
+                    "end of forward all of them are. Free each after its forward, and gather it "
+                    "again before its backward."),
+            Mistake(_NoReshardAfterForward, "The units stay there from forward to backward, so at "
+                    "the end of forward all of them are. Free each after its forward, and gather "
+                    "it again before its backward."),
+            Mistake(_KeptAfterBackward, "Backward leaves its units behind in full. Free each when "
+                    "its gradients have been reduced."),
+            Mistake(_GathersAfterTheStep, "After the step there is nothing to send: every unit is "
+                    "gathered in the next forward anyway."),
+            Mistake(_NotGatheredForBackward, "Backward needs the parameters, and their memory is "
+                    "gone. Gather the unit when its output's gradient arrives.",
+                    "storage|out of bounds|SIGSEGV|SIGBUS"),
+        ],
+        {**_STEP, "most full units at one time": "Without prefetching one unit is enough: the one "
+         "that computes."}),
+}
