@@ -3,6 +3,6 @@
 from .exercise import todo
 from .judge import Verdict, check
 from .keep import keep
-from .ordering import lines
+from .tasks import lines, questions
 
-__all__ = ["Verdict", "check", "keep", "lines", "todo"]
+__all__ = ["Verdict", "check", "keep", "lines", "questions", "todo"]

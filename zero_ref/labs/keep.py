@@ -1,6 +1,8 @@
 """`keep(Stage1)`: the learner's own file, my_zero.py, piece by piece."""
 
+import ast
 import inspect
+import linecache
 import re
 import textwrap
 from pathlib import Path
@@ -29,7 +31,7 @@ def keep(piece: Any, file: str | Path = "my_zero.py") -> None:
     if name not in PIECES:
         print(f"{name} is not a piece of my_zero.py. Its pieces are {', '.join(PIECES)}.")
         return
-    source = textwrap.dedent(inspect.getsource(piece)).rstrip()
+    source = _source(piece)
     if re.search(r"\btodo\(", source):
         print(f"{name} is not kept: there is still a todo(…) in it.")
         return
@@ -40,6 +42,18 @@ def keep(piece: Any, file: str | Path = "my_zero.py") -> None:
     missing = [piece for piece in PIECES if piece not in kept]
     rest = f" Still the package's: {', '.join(missing)}." if missing else " All of it is yours."
     print(f"{name} is in {path}.{rest}")
+
+
+def _source(piece):
+    """What was written. Of a class in a notebook's cell, `inspect` finds only the methods."""
+    code = next((f.__code__ for f in (piece, *vars(piece).values()) if inspect.isfunction(f)), None)
+    if code is None:
+        return inspect.getsource(piece)
+    text = "".join(linecache.getlines(code.co_filename))
+    found = [node for node in ast.walk(ast.parse(text))
+             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == piece.__name__
+             and node.lineno <= code.co_firstlineno <= (node.end_lineno or 0)]
+    return textwrap.dedent(ast.get_source_segment(text, found[-1], padded=True) or "").rstrip()
 
 
 def pieces_in(text: str) -> dict[str, str]:

@@ -45,14 +45,6 @@ class Ordering:
         return Verdict(True, f"{name} is right.")
 
 
-def lines(name: str) -> None:
-    """Show the task and the lines of an ordering, each with its letter."""
-    ordering = ORDERINGS[name]
-    print(f"{name}: {ordering.task} Some lines are wrong ones.")
-    for letter, line in ordering.lines.items():
-        print(f"  {letter}  {line}")
-
-
 ORDERINGS = {
     "1.p1": Ordering(
         "all-reduce by a ring, on one rank. Begin with what is sent first.",
