@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zero_ref.labs.questions import QUESTIONS, Question
+from zero_ref.labs.quiz import QUESTIONS, Question
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 

@@ -56,7 +56,7 @@ def check(name: str, answer: Any) -> Verdict:
 def _check(name, answer):
     from .exercises import EXERCISES
     from .ordering import ORDERINGS
-    from .questions import QUESTIONS
+    from .quiz import QUESTIONS
 
     if name in EXERCISES:
         return judge(name, EXERCISES[name], answer)

@@ -3,7 +3,7 @@
 import textwrap
 
 from .ordering import ORDERINGS
-from .questions import QUESTIONS
+from .quiz import QUESTIONS
 
 
 def lines(name: str) -> None:

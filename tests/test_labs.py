@@ -1,0 +1,270 @@
+"""Every solution of the course's exercises passes, every wrong answer is told what is wrong with
+it, and `check` never raises and never waits for ever."""
+
+import inspect
+import multiprocessing
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import zero_ref
+from zero_ref import course, memory
+from zero_ref.labs import check, judge, keep, lines, small, todo
+from zero_ref.labs.exercises import EXERCISES
+from zero_ref.labs.ordering import ORDERINGS
+from zero_ref.labs.quiz import QUESTIONS
+
+MISTAKES = [pytest.param(name, index, id=f"{name}-{mistake.code.__name__.strip('_')}")
+            for name, exercise in EXERCISES.items()
+            for index, mistake in enumerate(exercise.mistakes)]
+
+
+def small_step(how, stage):
+    rank = torch.distributed.get_rank()
+    net = course.build(seed=rank)
+    model = small.wrap(net, stage) if how == "small" else zero_ref.wrap(net, stage)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step in range(3):
+        images, labels = course.batch(step, rank)
+        with zero_ref.trace() as sent:
+            F.cross_entropy(model(images), labels).backward()
+            held = memory.resident(model, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+    weights = {name.removeprefix("module."): value for name, value in model.state_dict().items()}
+    return weights, held, sent.wire_bytes()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])  # where nothing is padded, in neither
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_in_small_has_the_package_s_bits_and_bytes(stage, world_size):
+    ours = zero_ref.launch(small_step, world_size, "zero_ref", stage)
+    mine = zero_ref.launch(small_step, world_size, "small", stage)
+    for (weights, held, sent), (their_weights, their_held, their_sent) in zip(ours, mine):
+        assert course.same_bits(weights, their_weights)
+        assert held == their_held == memory.model_states([[256, 16]] * 6, world_size, stage)
+        assert sent == their_sent
+
+
+def test_zero_in_small_refuses_what_it_cannot_train():
+    class Scaled(torch.nn.Sequential):
+        def __init__(self):
+            super().__init__(torch.nn.Linear(2, 2))
+            self.scale = torch.nn.Parameter(torch.ones(2))
+
+    with pytest.raises(zero_ref.RankError, match="in exactly one child"):
+        zero_ref.launch(lambda: small.wrap(Scaled(), 1), 2)
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_solution_passes(name):
+    verdict = check(name, EXERCISES[name].solution)
+    assert verdict.passed and f"{name} is right" in verdict.text, verdict
+
+
+@pytest.mark.parametrize(("name", "index"), MISTAKES)
+def test_a_wrong_answer_gets_its_own_hint(name, index):
+    mistake = EXERCISES[name].mistakes[index]
+    verdict = check(name, mistake.code)
+    assert not verdict
+    assert verdict.text.endswith(f"Hint: {mistake.hint}"), verdict
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_exercises_have_three_mistakes_and_verdicts_do_not_show_the_solution(name):
+    exercise = EXERCISES[name]
+    assert len({mistake.hint for mistake in exercise.mistakes}) >= 3
+    said = [mistake.hint for mistake in exercise.mistakes] + [*exercise.hints.values()]
+    code = [line.strip() for line in inspect.getsource(exercise.solution).splitlines()]
+    for line in code:
+        assert len(line) < 25 or not any(line in text for text in said), line
+
+
+class Unsolved(small.Stage1):
+    def reduce(self, unit, grad):
+        todo("about 3 lines")
+
+
+def test_what_is_not_written_yet_is_said():
+    assert check("4.2", Unsolved).text == (
+        "4.2: not yet. Write your own lines in place of todo('about 3 lines').")
+    assert check("3.1", lambda *args: todo()).text.startswith("3.1: not yet.")
+
+
+@pytest.mark.parametrize("answer", [None, 3, "reduce_scatter", [], object()])
+def test_an_answer_of_another_kind_is_said(answer):
+    assert "4.2 takes a class like small.Stage1" in check("4.2", answer).text
+
+
+@pytest.mark.parametrize("name", ["4.9", "", None, 4.2, "Stage1"])
+def test_an_unknown_exercise_is_said(name):
+    assert "There is no exercise" in check(name, small.Stage1).text
+
+
+def test_an_exercise_that_is_nearly_named_is_suggested():
+    assert "4.1, 4.2, 4.p1" in check("4.9", small.Stage1).text
+
+
+def test_an_error_of_the_answer_is_shown_with_its_line():
+    def divides(numel, world_size, rank):
+        return numel / (world_size - world_size), 0
+
+    verdict = check("3.1", divides)
+    assert "raised ZeroDivisionError: division by zero" in verdict.text
+    assert "test_labs.py, line" in verdict.text
+    assert "return numel / (world_size - world_size), 0" in verdict.text
+
+
+def test_a_wrong_signature_is_an_error_like_others():
+    assert "raised TypeError" in check("3.1", lambda: None).text
+
+
+def test_what_cannot_travel_to_the_ranks_is_said():
+    lock = multiprocessing.Lock()
+    assert "could not be judged. ValueError" in check("3.1", lambda *args: lock).text
+
+
+def test_a_deadlock_is_ended_and_explained():
+    def waits(grads, group):
+        if torch.distributed.get_rank() != 2:
+            torch.distributed.all_reduce(torch.ones(1), group=group)
+        return torch.ones(())
+
+    started = time.monotonic()
+    text = check("7.1", waits).text
+    assert time.monotonic() - started < 4 * judge.LIMIT
+    assert f"After {judge.LIMIT} s, ranks 0, 1, 3 still wait, at" in text
+    assert "torch.distributed.all_reduce(torch.ones(1), group=group)" in text
+    assert "Rank 2 had finished, and does not come to what the others wait for." in text
+    assert check("7.1", EXERCISES["7.1"].solution)  # on new ranks
+
+
+def test_a_loop_without_end_is_ended():
+    def forever(numel, world_size, rank):
+        while True:
+            pass
+
+    assert f"After {judge.LIMIT} s, ranks 0, 1, 2, 3 still" in check("3.1", forever).text
+
+
+def test_who_waits_for_whom_in_an_exchange():
+    def to_the_left(own, rank, world_size, exchange):
+        left, right = (rank - 1) % world_size, (rank + 1) % world_size
+        if rank == 3:
+            left, right = right, left
+        exchange(send={right: own}, recv={left: torch.empty_like(own)})
+
+    text = check("1.2", to_the_left).text
+    assert re.search(r"round 1: rank \d waits for a message from rank \d, which sends to rank",
+                     text)
+
+
+def test_ranks_that_are_about_to_do_different_things_say_so():
+    class Diverges(small.Stage1):
+        def after_step(self, unit):
+            if self.rank == 1:
+                small.comm.all_reduce(unit.flat, self.group, unit=unit.name, phase="step").wait()
+            super().after_step(unit)
+
+    text = check("4.2", Diverges).text
+    assert "rank 0 to all_gather '1' in phase 'step'" in text
+    assert "rank 1 to all_reduce '1' in phase 'step'" in text
+
+
+def test_nothing_is_checked_between_the_ranks_afterwards():
+    check("2.2", small.Stage0)
+    from zero_ref.engine import check as checking
+
+    assert zero_ref.launch(lambda: len(checking._checkers), 4) == [0] * 4
+
+
+def test_check_leaves_only_the_pools_of_ranks():
+    code = ("import multiprocessing, zero_ref\nfrom zero_ref.labs import check, small\n"
+            "print(check('2.2', small.Stage0))\n"
+            "print(len(multiprocessing.active_children()))")
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert out.stdout.splitlines()[-1] == "7", out  # 4 + 3 ranks
+    assert out.stderr == ""
+
+
+@pytest.mark.parametrize("name", ORDERINGS)
+def test_an_ordering_is_right_or_told_why_not(name, capsys):
+    ordering = ORDERINGS[name]
+    assert ordering.lines.keys() == ordering.needed.keys() | ordering.wrong.keys()
+    assert len(ordering.wrong) >= 2
+    assert not ordering.needed.keys() & ordering.wrong.keys()
+    right = ordered(ordering)
+    assert check(name, right)
+    assert check(name, " ".join(right).lower())
+    for first, second, why in ordering.before:
+        swapped = right.translate(str.maketrans(first + second, second + first))
+        assert not check(name, swapped)
+        assert any(why == reason for *_, reason in ordering.before)
+    for letter, why in ordering.wrong.items():
+        assert why in check(name, right + letter).text
+    for letter, hint in ordering.needed.items():
+        assert hint in check(name, right.replace(letter, "")).text
+    assert "twice" in check(name, right + right[0]).text
+    assert "no line Z" in check(name, right + "Z").text
+    assert "not yet" in check(name, None).text
+    assert "takes letters" in check(name, 3).text
+    assert right != "".join(sorted(right))  # they are shown in another order
+    lines(name)
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ordering.lines.values())
+
+
+def ordered(ordering):
+    """A right order, by its rules."""
+    left, found = list(ordering.needed), ""
+    while left:
+        free = [x for x in left if not any(b == x and a in left for a, b, _ in ordering.before)]
+        found += free[0]
+        left.remove(free[0])
+    return found
+
+
+def test_questions():
+    name, question = next(iter(QUESTIONS.items()))
+    assert check(name, question.right.upper() + " ")
+    assert "not yet" in check(name, None).text
+    assert "takes one of the letters" in check(name, "x").text
+    for letter, remark in question.remarks.items():
+        assert remark in check(name, letter).text
+
+
+def test_a_file_of_one_s_own_grows_piece_by_piece(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for piece in (small.Stage2, small.shard_bounds, small.Stage1, small.flatten, small.Sharded):
+        keep(piece)
+        compile((tmp_path / "my_zero.py").read_text(), "my_zero.py", "exec")
+    assert "Still the package's: Stage0, Stage3." in capsys.readouterr().out
+    keep(Unsolved)
+    keep(small.Unit)
+    assert "Unsolved is not a piece" in capsys.readouterr().out
+    for piece in (small.Stage0, small.Stage3, small.Stage1):
+        keep(piece)
+    assert "All of it is yours." in capsys.readouterr().out
+    text = (tmp_path / "my_zero.py").read_text()
+    assert "zero_ref.labs" not in text
+    assert text.count("class Stage1") == 1
+    namespace = {"__name__": "my_zero"}
+    exec(compile(text, "my_zero.py", "exec"), namespace)
+    assert check("4.2", small.Stage1)
+    assert namespace["wrap"] and namespace["Stage3"].__mro__[2].__name__ == "Stage2"
+
+
+def test_an_unfinished_piece_is_not_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def flatten(params, world_size):
+        todo("5 lines")
+
+    keep(flatten)
+    assert "still a todo" in capsys.readouterr().out
+    assert not (tmp_path / "my_zero.py").exists()
