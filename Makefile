@@ -1,7 +1,9 @@
-# make lab           opens the course, the notebooks, in JupyterLab
+# make lab           opens the course in JupyterLab: a copy of the notebooks, in lab/, to work in;
+#                    make lab AGAIN=4 starts notebook 4 over
 # make compare       the main job: all stages side by side on real data
 # make quick         after each edit, half a minute: ruff, mypy, tests without ranks, a few with them
 # make test          all checks: ruff, mypy, pytest, and the notebooks once more
+# make soak          checks that take long: wrong answers made from the exercises' solutions
 # make test-newest   pytest with the newest release of everything, in an environment of its own
 # make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
 # make notebooks     runs all notebooks and keeps what they print and show
@@ -14,7 +16,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAB_CONFIG := .venv/etc/jupyter/labconfig/page_config.json
 
-.PHONY: compare quick test bench scale figures lab notebooks test-browser test-newest clean
+.PHONY: compare quick test soak bench scale figures lab notebooks test-browser test-newest clean
 
 compare: .venv/.installed
 	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
@@ -38,6 +40,9 @@ test: .venv/.installed-test
 	$(BIN)/pytest $(ARGS)
 	$(BIN)/pytest --nbval notebooks/
 
+soak: .venv/.installed-test
+	$(BIN)/python tests/soak_labs.py --table docs/soak.md $(ARGS)
+
 # What people get who install without the pins.
 test-newest:
 	$(PYTHON) -m venv .venv-newest
@@ -59,7 +64,8 @@ figures: .venv/.installed
 	$(BIN)/python -m zero_ref.viz.figures figures
 
 lab: .venv/.installed-lab $(LAB_CONFIG)
-	$(BIN)/jupyter lab notebooks $(ARGS)
+	$(BIN)/python -m zero_ref.labs.folder notebooks lab $(if $(AGAIN),--again $(AGAIN))
+	$(BIN)/jupyter lab lab $(ARGS)
 
 # Without this, JupyterLab opens with a question: whether it may fetch news.
 $(LAB_CONFIG): | .venv/.installed-lab
@@ -69,7 +75,8 @@ $(LAB_CONFIG): | .venv/.installed-lab
 notebooks: .venv/.installed-lab
 	$(BIN)/jupyter nbconvert --to notebook --execute --inplace \
 	    --ExecutePreprocessor.record_timing=False \
-	    --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb
+	    --ExecutePreprocessor.store_widget_state=False notebooks/*.ipynb \
+	    notebooks/solutions/*.ipynb
 
 test-browser: .venv/.installed-browser
 	$(BIN)/pytest tests/browser -s -x $(ARGS)

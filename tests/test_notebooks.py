@@ -6,11 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from zero_ref.labs.exercises import EXERCISES
+from zero_ref.labs.folder import copy_course, put_aside
+from zero_ref.labs.ordering import ORDERINGS
+from zero_ref.labs.quiz import QUESTIONS
+
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 # What the order of a notebook promises, as it is found in its prose.
-PARTS = ["At the end you can explain", "## Your prediction", "## The code", "## On real ranks",
+PARTS = ["At the end you can explain", "## Your prediction", "## On real ranks",
          "## What it costs", "## What people get wrong", "## What it is called elsewhere",
-         "## Summary"]
+         "## Five questions", "## Summary"]
+CORE = {"00", "01", "02", "03", "04", "05", "06"}
 
 
 def cells(path, kind):
@@ -60,7 +66,7 @@ def test_the_parts_come_in_their_order(notebook):
 
 def test_predictions_are_the_learners(notebook):
     code = "\n".join(cell["source"] for cell in cells(notebook, "code"))
-    names = re.findall(r"^(my_\w+) = ", code, re.M)
+    names = set(re.findall(r"^(my_\w+) = ", code, re.M)) - {"my_answers"}
     assert names
     for name in names:
         assert f"{name} = None" in code
@@ -81,7 +87,7 @@ def test_prose_states_no_number_that_no_cell_computes(notebook):
                       for cell in cells(notebook, "code"))
     known = set(map(float, re.findall(r"\d+(?:\.\d+)?", shown.replace(",", ""))))
     for cell in cells(notebook, "markdown"):
-        prose = re.sub(r"```.*?```|`[^`]*`|\(http[^)]*\)|^#+ \d+\.", "", cell["source"],
+        prose = re.sub(r"^\*(Core|Deep)[^*]*\*|```.*?```|`[^`]*`|\(http[^)]*\)|^#+ \d+\.", "", cell["source"],
                        flags=re.S | re.M)
         prose = re.sub(r"(?i)(sections?|notebooks?|stages?|figures?|tables?) "
                        r"\d+(\.\d+)*((,| and| to|–) \d+(\.\d+)*)*", "", prose)
@@ -89,3 +95,74 @@ def test_prose_states_no_number_that_no_cell_computes(notebook):
         for number in re.findall(r"\d+(?:\.\d+)?", prose.replace(",", "")):
             small = float(number) in {0, 1, 2, 3, 4}
             assert small or float(number) in known, f"{number} in: {cell['source'][:200]}"
+
+
+def test_it_is_said_which_path_a_notebook_is_on_and_how_long_it_takes(notebook):
+    first = cells(notebook, "markdown")[0]["source"]
+    path = re.search(r"^\*(Core path|Deep dive)[^*]* (\d+) minutes[^*]*\*$", first, re.M)
+    assert path and (path[1] == "Core path") == (notebook.name[:2] in CORE)
+
+
+def test_the_core_path_takes_three_hours():
+    minutes = 0
+    for path in NOTEBOOKS:
+        first = cells(path, "markdown")[0]["source"]
+        minutes += int((re.search(r"\*Core path[^*]*? (\d+) minutes", first) or [0, 0])[1])
+    assert 150 <= minutes <= 180
+
+
+def test_cells_are_short(notebook):
+    for cell in cells(notebook, "code"):
+        assert cell["source"].count("\n") < 25, cell["source"]
+
+
+def answered(path):
+    return [name for cell in cells(path, "code")
+            for name in re.findall(r'(?:check\(|[{ ])"(\d+\.[pq]?\d+)"', cell["source"])]
+
+
+def test_every_exercise_and_question_is_in_its_notebook_and_in_its_solutions():
+    by_notebook = {path: answered(path) for path in NOTEBOOKS}
+    assert sorted(name for names in by_notebook.values() for name in names) == sorted(
+        [*EXERCISES, *ORDERINGS, *QUESTIONS])
+    for path, names in by_notebook.items():
+        assert all(int(path.name[:2]) == int(name.split(".")[0]) for name in names)
+        code = "\n".join(c["source"] for c in cells(path.parent / "solutions" / path.name, "code"))
+        for name in names:
+            assert f'"{name}"' in code
+
+
+def test_what_is_unsolved_says_so_and_is_followed_by_nothing_that_needs_it(notebook):
+    """The committed notebooks are those of a learner who has not written anything."""
+    for cell in cells(notebook, "code"):
+        text = "\n".join(map(text_of, cell["outputs"]))
+        if re.search(r"\bcheck\(", cell["source"]):
+            assert "not yet" in text and "is right" not in text, cell["source"]
+
+
+def test_the_solutions_are_right():
+    for path in NOTEBOOKS:
+        solutions = path.parent / "solutions" / path.name
+        text = "\n".join(text_of(output) for cell in cells(solutions, "code")
+                         for output in cell["outputs"])
+        for name in answered(path):
+            assert f"{name} is right" in text, name
+
+
+def test_a_copy_of_the_course_gives_no_answers_away_and_is_kept(tmp_path):
+    course, lab = NOTEBOOKS[0].parent, tmp_path / "lab"
+    assert len(copy_course(course, lab)) == len(NOTEBOOKS)
+    for path in lab.glob("*.ipynb"):
+        assert all(not c["outputs"] and c["execution_count"] is None for c in cells(path, "code"))
+    mine = lab / NOTEBOOKS[4].name
+    mine.write_text(mine.read_text().replace("todo(", "my_own("))
+    assert copy_course(course, lab) == []
+    assert "my_own(" in mine.read_text()
+    asides = [put_aside(lab, "4")]
+    assert "my_own(" in asides[0].read_text()
+    assert copy_course(course, lab) == [mine]
+    asides.append(put_aside(lab, "04"))
+    assert len({*asides, mine}) == 3
+    for nonsense in ("17", "four", ""):
+        with pytest.raises(ValueError, match="there is no notebook"):
+            put_aside(lab, nonsense)

@@ -79,8 +79,10 @@ def _observe_sum_in_rank_order(answer) -> Observed:
     # the order.
     flat = torch.full((2 * world_size,), [1e8, 1.0, -1e8, 3.0][rank])
     flat[::2] = torch.arange(float(world_size)) * 100 + rank
+    before = flat.clone()
     result = _result(answer(flat, rank, world_size, exchange))
-    return {"the result": result, "bytes sent": exchange.bytes}
+    return {"the result": result, "bytes sent": exchange.bytes,
+            "flat is as it was": torch.equal(flat, before)}
 
 
 # ---- wrong answers -------------------------------------------------------------------------------
@@ -271,6 +273,7 @@ ON_COLLECTIVES = {
         ],
         {"the result": "Write down for two ranks, round by round, which slice each of them sends.",
          "rounds": "A slice takes world_size - 1 steps around the ring.",
+         "flat is as it was": "Work on a copy: `flat` is the caller's.",
          "bytes sent": "(N-1)/N of the buffer: one slice in each of N - 1 rounds."}),
     "1.2": Exercise(
         "a function (own, rank, world_size, exchange) → everyone's slices, in rank order",
@@ -306,5 +309,6 @@ ON_COLLECTIVES = {
             Mistake(_without_its_own, "Your own part of the slice is missing in the sum."),
         ],
         {"the result": "Add from left to right: rank 0's part, then rank 1's, and so on.",
-         "bytes sent": "Each of the N - 1 other ranks gets one slice, (N-1)/N of the buffer."}),
+         "bytes sent": "Each of the N - 1 other ranks gets one slice, (N-1)/N of the buffer.",
+         "flat is as it was": "Add up in memory of its own: `flat` is the caller's."}),
 }
