@@ -137,8 +137,8 @@ def test_a_deadlock_is_ended_and_explained():
 
     started = time.monotonic()
     text = check("7.1", waits).text
-    assert time.monotonic() - started < 4 * judge.LIMIT
-    assert f"After {judge.LIMIT} s, ranks 0, 1, 3 still wait, at" in text
+    assert time.monotonic() - started < 10 * judge.LIMIT
+    assert "After some seconds, ranks 0, 1, 3 still wait, at" in text
     assert "torch.distributed.all_reduce(torch.ones(1), group=group)" in text
     assert "Rank 2 had finished, and does not come to what the others wait for." in text
     assert check("7.1", EXERCISES["7.1"].solution)  # on new ranks
@@ -149,7 +149,7 @@ def test_a_loop_without_end_is_ended():
         while True:
             pass
 
-    assert f"After {judge.LIMIT} s, ranks 0, 1, 2, 3 still" in check("3.1", forever).text
+    assert "After some seconds, ranks 0, 1, 2, 3 still" in check("3.1", forever).text
 
 
 def test_who_waits_for_whom_in_an_exchange():

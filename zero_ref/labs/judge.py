@@ -2,6 +2,7 @@
 
 import functools
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from ..ranks.errors import RankError, Stuck
 from ..ranks.launch import launch, within
 from .exercise import Exercise, Mistake, Observed, Todo
 
-LIMIT = 5  # seconds for an answer, on ranks that are there: what does not wait takes milliseconds
+LIMIT = 5  # seconds for an answer, beside a few times what the solution takes: milliseconds, mostly
 
 
 @dataclass
@@ -76,7 +77,8 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
         return Verdict(False, f"{name} takes {exercise.takes}, and got {_shown(answer)}.")
     found: list[Observed] = []
     for world_size in exercise.world_sizes:
-        outcome = outcome_of(exercise, world_size, answer)
+        expected, seconds = _of_solution(name, world_size)
+        outcome = outcome_of(exercise, world_size, answer, LIMIT + 5 * seconds)
         if isinstance(outcome, Failed):
             hint = _hint_for_error(exercise, outcome)
             return Verdict(False, "\n".join([f"{name} is not right yet, on {world_size} ranks.",
@@ -84,7 +86,6 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
         if holes := [seen for seen in outcome if isinstance(seen, Todo)]:
             return Verdict(False, f"{name}: not yet. Write your own lines in place of "
                                   f"todo({str(holes[0])!r}).")
-        expected = _of_solution(name, world_size)
         for rank, (seen, wanted) in enumerate(zip(outcome, expected)):
             assert not isinstance(seen, Todo)
             wrong = [what for what in wanted if not same(seen.get(what), wanted[what])]
@@ -101,13 +102,13 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
     return Verdict(True, f"{name} is right, on {sizes} ranks.{facts}")
 
 
-def outcome_of(exercise: Exercise, world_size: int, answer: Any) -> Outcome:
-    """What an answer does on that many ranks."""
+def outcome_of(exercise: Exercise, world_size: int, answer: Any, limit: float) -> Outcome:
+    """What an answer does on that many ranks. limit: seconds."""
     launch(_ready, world_size)  # starting ranks is not the answer's time
     try:
-        return within(LIMIT, _observed, world_size, exercise.observe, answer)
+        return within(limit, _observed, world_size, exercise.observe, answer)
     except Stuck as error:
-        return Failed(_who_waits(error, world_size), "stuck")
+        return Failed(_who_waits(error), "stuck")
     except RankError as error:
         lines = _learners_lines(str(error))
         return Failed(f"Rank {error.rank} raised {error.kind}: {error.reason}{lines}",
@@ -115,13 +116,15 @@ def outcome_of(exercise: Exercise, world_size: int, answer: Any) -> Outcome:
 
 
 @functools.cache
-def _of_solution(name: str, world_size: int) -> list[Observed]:
+def _of_solution(name: str, world_size: int) -> tuple[list[Observed], float]:
+    """What the solution does, and in how many seconds."""
     from .exercises import EXERCISES
 
     exercise = EXERCISES[name]
-    outcome = outcome_of(exercise, world_size, exercise.solution)
-    assert isinstance(outcome, list), outcome
-    return [seen for seen in outcome if not isinstance(seen, Todo)]
+    launch(_ready, world_size)
+    start = time.monotonic()
+    outcome = launch(_observed, world_size, exercise.observe, exercise.solution)
+    return outcome, time.monotonic() - start
 
 
 @functools.cache
@@ -129,7 +132,7 @@ def _of_mistake(name: str, index: int, world_size: int) -> Outcome:
     from .exercises import EXERCISES
 
     exercise = EXERCISES[name]
-    return outcome_of(exercise, world_size, exercise.mistakes[index].code)
+    return outcome_of(exercise, world_size, exercise.mistakes[index].code, LIMIT)
 
 
 # ---- on the ranks --------------------------------------------------------------------------------
@@ -207,12 +210,12 @@ def _shown(value):
     return f"{value:,}"
 
 
-def _who_waits(error: Stuck, world_size: int) -> str:
+def _who_waits(error: Stuck) -> str:
     places: dict[str, list[str]] = {}
     for text in error.where:
         rank, _, place = text.partition("\n")
         places.setdefault(_learners_lines(place) or "\n" + place, []).append(rank.split()[1])
-    lines = [f"After {LIMIT} s, rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} still "
+    lines = [f"After some seconds, rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} still "
              f"wait{'s' * (len(ranks) == 1)}, at{place}" for place, ranks in places.items()]
     if error.finished:
         lines.append(f"Rank {', '.join(map(str, error.finished))} had finished, and does not come "
