@@ -6,6 +6,7 @@ import multiprocessing
 import re
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
@@ -138,9 +139,9 @@ def test_a_deadlock_is_ended_and_explained():
     started = time.monotonic()
     text = check("7.1", waits).text
     assert time.monotonic() - started < 10 * judge.LIMIT
-    assert "After some seconds, ranks 0, 1, 3 still wait, at" in text
+    assert "After some seconds, ranks 0, 1 and 3 are still at" in text
     assert "torch.distributed.all_reduce(torch.ones(1), group=group)" in text
-    assert "Rank 2 had finished, and does not come to what the others wait for." in text
+    assert "rank 2 had finished, and will not come to what the others wait for." in text
     assert check("7.1", EXERCISES["7.1"].solution)  # on new ranks
 
 
@@ -149,7 +150,9 @@ def test_a_loop_without_end_is_ended():
         while True:
             pass
 
-    assert "After some seconds, ranks 0, 1, 2, 3 still" in check("3.1", forever).text
+    text = check("3.1", forever).text
+    assert "After some seconds, ranks 0, 1, 2 and 3 are still at" in text
+    assert text.endswith("a loop without an end, or a message that nobody sends.")
 
 
 def test_who_waits_for_whom_in_an_exchange():
@@ -162,6 +165,36 @@ def test_who_waits_for_whom_in_an_exchange():
     text = check("1.2", to_the_left).text
     assert re.search(r"round 1: rank \d waits for a message from rank \d, which sends to rank",
                      text)
+
+
+@pytest.mark.parametrize("name", ["2.1", "2.2", "4.1", "4.2", "5.1"])
+def test_what_is_not_waited_for_is_said(name):
+    class NotWaited(EXERCISES[name].solution):
+        pass
+
+    for method in ("start", "reduce", "after_step"):
+        source = textwrap.dedent(inspect.getsource(getattr(EXERCISES[name].solution, method)))
+        namespace = {"comm": small.comm, "torch": torch}
+        exec(source.replace(".wait()", ""), namespace)
+        setattr(NotWaited, method, namespace[method])
+    assert "only been started when the call returns" in check(name, NotWaited).text
+
+
+def test_what_is_not_sent_through_comm_is_said():
+    class Directly(small.Stage0):
+        def reduce(self, unit, grad):
+            torch.distributed.all_reduce(grad)
+            unit.owned.grad = grad / self.world_size
+
+    assert "Nothing was sent through zero_ref.comm." in check("2.2", Directly).text
+
+
+def test_whole_numbers_are_wanted_for_bounds():
+    def fractions(numel, world_size, rank):
+        return rank * numel / world_size, (rank + 1) * numel / world_size
+
+    assert "Return two whole numbers" in check("3.1", fractions).text
+    assert "Return two whole numbers" in check("3.1", lambda *args: slice(0, 3)).text
 
 
 def test_ranks_that_are_about_to_do_different_things_say_so():

@@ -15,8 +15,7 @@ _SCREENFUL = 60  # lines
 
 def build(seed: int = 0) -> nn.Sequential:
     """Six equal layers for the 8×8 digits, made 4×4: (batch, 1, 8, 8) → (batch, 16) logits, of
-    which ten have a digit. Each layer has 16·16 + 16 = 272 parameters and is a unit, all have 1,632.
-    """
+    which ten have a digit. Each layer is a unit of 16·16 + 16 = 272 parameters; all have 1,632."""
     torch.manual_seed(seed)
     image = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())
     return nn.Sequential(image, *(nn.Sequential(nn.Tanh(), nn.Linear(16, 16)) for _ in range(6)))
@@ -52,6 +51,9 @@ def verdict(what: str, predicted: Any, measured: Any,
     """
     if predicted is None:
         print(f"{what}: type your prediction in above, then run both cells.")
+        return
+    if isinstance(predicted, str) and not isinstance(measured, str):
+        print(f"{what}: type a number in, without quotes.")
         return
     how = "not what was measured: why?"
     if _equal(predicted, measured):

@@ -91,12 +91,13 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
             wrong = [what for what in wanted if not same(seen.get(what), wanted[what])]
             if wrong:
                 where = f"{name} is not right yet, on {world_size} ranks. On rank {rank}:"
-                lines = [_difference(what, wanted[what], seen.get(what)) for what in wrong]
+                lines = [_difference(what, wanted[what], seen.get(what)) for what in wrong
+                         if what in seen or what == wrong[0]]
                 hint = _hint(name, exercise, world_size, outcome, wrong[0])
                 return Verdict(False, "\n".join([where, *lines, *hint]))
         found.append(expected[0])
     numbers = [f"{what} {_shown(value)}" for what, value in found[0].items()
-               if isinstance(value, int) and not isinstance(value, bool)]
+               if isinstance(value, int) and not isinstance(value, bool) and value]
     sizes = " and ".join(map(str, exercise.world_sizes))
     facts = f" On rank 0 of {exercise.world_sizes[0]}: {', '.join(numbers)}." if numbers else ""
     return Verdict(True, f"{name} is right, on {sizes} ranks.{facts}")
@@ -179,6 +180,8 @@ def _hint(name, exercise, world_size, outcome, first):
 
 
 def _hint_for_error(exercise: Exercise, failed: Failed) -> list[str]:
+    if failed.reason == "stuck" and "same place" in failed.text:
+        return []
     known: list[Mistake] = [m for m in exercise.mistakes
                             if m.raises is not None and re.search(m.raises, failed.reason)]
     return [f"Hint: {known[0].hint}"] if known else []
@@ -215,13 +218,22 @@ def _who_waits(error: Stuck) -> str:
     for text in error.where:
         rank, _, place = text.partition("\n")
         places.setdefault(_learners_lines(place) or "\n" + place, []).append(rank.split()[1])
-    lines = [f"After some seconds, rank{'s' * (len(ranks) > 1)} {', '.join(ranks)} still "
-             f"wait{'s' * (len(ranks) == 1)}, at{place}" for place, ranks in places.items()]
+    lines = [f"After some seconds, {_ranks(ranks)} still at{place}"
+             for place, ranks in places.items()]
+    if len(places) == 1 and not error.finished:
+        return "\n".join([*lines, "All are at the same place: a loop without an end, or a message "
+                          "that nobody sends."])
     if error.finished:
-        lines.append(f"Rank {', '.join(map(str, error.finished))} had finished, and does not come "
-                     "to what the others wait for.")
+        there = [str(rank) for rank in error.finished]
+        lines.append(f"{_ranks(there).replace(' is', ' had').replace(' are', ' had')} finished, "
+                     "and will not come to what the others wait for.")
     lines.append("Every rank has to take part in each exchange and collective, in the same order.")
     return "\n".join(lines)
+
+
+def _ranks(ranks):
+    *most, last = ranks
+    return f"ranks {', '.join(most)} and {last} are" if most else f"rank {last} is"
 
 
 def _learners_lines(text):

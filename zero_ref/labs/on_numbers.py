@@ -1,5 +1,7 @@
 """Exercises on bytes, on slices of a flat buffer, and on the norm over all ranks."""
 
+import operator
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -70,15 +72,18 @@ def _params_before_grads(numel, world_size, stage):
 
 
 def _observe_bounds(answer) -> Observed:
-    return {f"{numel} elements on {n} ranks": [_plain(answer(numel, n, rank)) for rank in range(n)]
-            for numel, n in ((12, 4), (10, 4), (5, 4), (2, 4), (7, 1), (9, 3))}
-
-
-def _plain(bounds):
+    bounds = answer(12, 4, 1)
     try:
-        return tuple(int(bound) for bound in bounds)
-    except TypeError:
-        return bounds
+        _begin, _end = map(operator.index, bounds)
+        pair = "two whole numbers"
+    except (TypeError, ValueError):
+        pair = repr(bounds)
+    found: Observed = {"what is returned": pair}
+    if pair == "two whole numbers":
+        for numel, n in ((12, 4), (10, 4), (5, 4), (2, 4), (7, 1), (9, 3)):
+            found[f"{numel} elements, world_size {n}"] = [
+                tuple(map(operator.index, answer(numel, n, rank))) for rank in range(n)]
+    return found
 
 
 def _rounded_down(numel, world_size, rank):
@@ -110,6 +115,12 @@ def _evenly(numel, world_size, rank):
     return rank * numel // world_size, (rank + 1) * numel // world_size
 
 
+def _first_ones_get_one_more(numel, world_size, rank):
+    size, left_over = divmod(numel, world_size)
+    begin = rank * size + min(rank, left_over)
+    return begin, begin + size + (rank < left_over)
+
+
 def _begin_and_size(numel, world_size, rank):
     begin, end = small.shard_bounds(numel, world_size, rank)
     return begin, end - begin
@@ -127,7 +138,7 @@ def _observe_flatten(answer) -> Observed:
     numel, after = values.numel(), flat.detach().clone()
     inside = [p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in params]
     flat.detach().zero_()
-    return {"what is returned": "Tensor", "elements of the buffer": flat.numel(),
+    return {"what is returned": "Tensor", "shape of the buffer": tuple(flat.shape),
             "its first elements": after[:numel], "the padding": after[numel:].tolist(),
             "shapes of the parameters": [tuple(p.shape) for p in params],
             "the parameters lie in the buffer": all(inside),
@@ -166,6 +177,26 @@ def _without_shapes(params, world_size):
     for p in params:
         p.data = flat[start : start + p.numel()]
         start += p.numel()
+    return flat
+
+
+def _values_not_copied(params, world_size):
+    numel = sum(p.numel() for p in params)
+    flat, start = torch.zeros(numel + -numel % world_size), 0
+    for p in params:
+        p.data = flat[start : start + p.numel()].view(p.shape)
+        start += p.numel()
+    return flat
+
+
+def _each_padded(params, world_size):
+    sizes = [p.numel() + -p.numel() % world_size for p in params]
+    flat, start = torch.zeros(sum(sizes)), 0
+    for p, size in zip(params, sizes):
+        view = flat[start : start + p.numel()].view(p.shape)
+        view.copy_(p.data)
+        p.data = view
+        start += size
     return flat
 
 
@@ -271,10 +302,16 @@ ON_NUMBERS = {
             Mistake(_evenly, "That spreads the remainder over the ranks. A collective wants equal "
                     "slices: all have ceil(numel / world_size) elements, and the last ones what is "
                     "left."),
+            Mistake(_first_ones_get_one_more, "That gives the first ranks one element more. A "
+                    "collective wants equal slices: all have ceil(numel / world_size) elements, "
+                    "and the last ones what is left."),
             Mistake(_begin_and_size, "The second number is the end, not the size."),
         ],
-        {"12 elements on 4 ranks": "Without a remainder each rank has numel / world_size.",
-         "5 elements on 4 ranks": "Five elements on four ranks: 2, 2, 1 and none."}, (4,)),
+        {"what is returned": "Return two whole numbers, begin and end. (// divides whole numbers.)",
+         "12 elements, world_size 4": "Without a remainder each rank has numel / world_size.",
+         "10 elements, world_size 4": "Ten elements on four ranks: 3, 3, 3 and 1.",
+         "5 elements, world_size 4": "Five elements on four ranks: 2, 2, 1 and none.",
+         "2 elements, world_size 4": "Two elements on four ranks: 1, 1, none and none."}, (4,)),
     "3.2": Exercise(
         "a function (params, world_size) → the flat buffer", _observe_flatten, small.flatten, [
             Mistake(_concatenated, "The buffer is right, but the parameters still lie where they "
@@ -284,10 +321,16 @@ ON_NUMBERS = {
             Mistake(_one_whole_slice_of_padding, _PADDED),
             Mistake(_without_shapes, "The parameters have become 1-D. Give the views the "
                     "parameters' shapes: .view(p.shape)."),
+            Mistake(_values_not_copied, "The parameters' values are lost. Copy them into the "
+                    "buffer before you point the parameters there."),
+            Mistake(_each_padded, "There is padding behind each parameter. The parameters follow "
+                    "one another, and the padding comes once, at the end of the buffer."),
             Mistake(_all_at_the_beginning, "All parameters begin at element 0. Each begins where "
                     "the one before it ends."),
         ],
-        {"elements of the buffer": _PADDED,
+        {"what is returned": "Return the buffer.", "shape of the buffer": _PADDED,
+         "its first elements": "The buffer begins with the parameters' values, one after another.",
+         "the padding": "The padding at the end is zeros.",
          "the parameters lie in the buffer": "p.data = a view of the buffer.",
          "the buffer requires a gradient": "Copy p.data, not p: the buffer has no gradient."}),
     "7.1": Exercise(

@@ -32,8 +32,12 @@ def _backward(model, step):
     F.cross_entropy(model(images), labels).backward()
 
 
-def _messages(events: list[Event]) -> dict[str, int]:
-    return dict(Counter(f"{event.op} in {event.phase}" for event in events))
+def _sent(events: list[Event]) -> Observed:
+    waits = [event for event in events if event.awaited is None]
+    return {"collectives that were not waited for": len(waits),
+            "something was sent through zero_ref.comm": bool(events),
+            "bytes sent": sum(event.wire_bytes for event in events),
+            "collectives": dict(Counter(event.op for event in events))}
 
 
 def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict) -> Observed:
@@ -46,23 +50,25 @@ def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict)
             optimizer.step()
             optimizer.zero_grad()
     return {"bytes of optimizer states": held["optimizer"], "bytes of gradients": held["gradients"],
-            "bytes of parameters": held["parameters"], "bytes sent": sent.wire_bytes(),
-            "messages": _messages(sent.events), **more, "weights": _weights(model)}
+            "bytes of parameters": held["parameters"], **_sent(sent.events), **more,
+            "weights": _weights(model)}
 
 
 def _observe_start(answer) -> Observed:
     with trace() as sent:
         model = answer(course.build(seed=dist.get_rank()))
-    return {"weights": _weights(model), "bytes sent": sent.wire_bytes(),
-            "messages": _messages(sent.events)}
+    return {**_sent(sent.events), "weights": _weights(model),
+            "unit.flat is still the buffer": all(
+                isinstance(unit.flat, torch.Tensor)
+                and unit.flat.data_ptr() == unit.params[0].data_ptr() for unit in model.units)}
 
 
 def _observe_average(answer) -> Observed:
     model = _with(answer, start=small.Stage0.start)(course.build(seed=dist.get_rank()))
     with trace() as sent:
         _backward(model, 0)
-    return {"gradients": {unit.name: _like(unit.owned.grad) for unit in model.units},
-            "bytes sent": sent.wire_bytes(), "messages": _messages(sent.events)}
+    return {**_sent(sent.events),
+            "gradients": {unit.name: _like(unit.owned.grad) for unit in model.units}}
 
 
 def _like(grad):
@@ -92,8 +98,7 @@ def _observe_sharded(answer) -> Observed:
     unit.owned.data.mul_(2)  # as if the optimizer had stepped
     with trace() as sent:
         model.gather(unit, "forward")
-    found["messages"] = _messages(sent.events)
-    found["bytes sent"] = sent.wire_bytes()
+    found |= _sent(sent.events)
     found["bytes of the flat buffer after gather"] = unit.flat.untyped_storage().nbytes()
     if sent.events and unit.flat.untyped_storage().nbytes() == full:
         found["the flat buffer after gather"] = unit.flat.detach().clone()
@@ -178,6 +183,39 @@ class _DividedTwice(small.Stage0):
         comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
                         divide_by=self.world_size).wait()
         unit.owned.grad = grad / self.world_size
+
+
+class _DividedBefore(small.Stage0):
+    def reduce(self, unit, grad):
+        grad /= self.world_size
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = grad
+
+
+class _DividedByFour(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward", divide_by=4).wait()
+        unit.owned.grad = grad
+
+
+class _Rank0sGradients(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.broadcast(grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = grad
+
+
+class _SumsTheParameters(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(unit.flat, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+        unit.owned.grad = grad
+
+
+class _CopiesIntoNone(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward",
+                        divide_by=self.world_size).wait()
+        unit.owned.grad.copy_(grad)
 
 
 class _NotDelivered(small.Stage0):
@@ -364,15 +402,21 @@ class _NoReshardAfterForward(small.Stage3):
             self.free(unit)
 
 
-_GRADS = {"gradients": "The optimizer wants the mean of the ranks' gradients in unit.owned.grad.",
+_WAIT = {
+    "collectives that were not waited for": "A collective has only been started when the call "
+    "returns. Wait for its handle before its result is used: ….wait().",
+    "something was sent through zero_ref.comm": "Nothing was sent through zero_ref.comm. (Its sums "
+    "are in rank order. Those of torch.distributed are not, and are not counted here.)"}
+_GRADS = {**_WAIT,
+          "gradients": "The optimizer wants the mean of the ranks' gradients in unit.owned.grad.",
           "bytes sent": "One all_reduce of the unit's gradients: 2·(N-1)/N of their bytes.",
-          "messages": "One all_reduce for each unit."}
-_STEP = {"bytes of optimizer states": "The optimizer keeps states for what it is given: "
+          "collectives": "One all_reduce for each unit."}
+_STEP = {**_WAIT, "bytes of optimizer states": "The optimizer keeps states for what it is given: "
          "unit.owned, which is what `own` returns.",
          "bytes of gradients": "A tensor keeps its whole storage alive, also if it is a view of a "
          "part of it.",
          "bytes sent": "Go through your step: which collectives, of how many elements each?",
-         "messages": "Which collectives does the target allow in which phase?",
+         "collectives": "Which collectives does the target allow, and how often?",
          "weights": "All that is held and sent is right, but the weights are not stage 0's. Is it "
          "the mean? Is it this rank's own slice?"}
 
@@ -391,8 +435,11 @@ ON_STAGES = {
             Mistake(_BroadcastsACopy, "What arrives is thrown away: the collective has to write "
                     "into unit.flat itself, of which the module's parameters are views."),
         ],
-        {"weights": "After wrapping, every rank's module is to have rank 0's values.",
-         "messages": "One broadcast for each unit."}),
+        {**_WAIT, "bytes sent": "Rank 0 sends unit.flat, all of it, to each of the others.",
+         "weights": "After wrapping, every rank's module is to have rank 0's values.",
+         "collectives": "One broadcast for each unit.",
+         "unit.flat is still the buffer": "unit.flat has to stay the buffer: a collective writes "
+         "into it, and wait() returns nothing."}),
     "2.2": Exercise(
         "a class like small.Stage0, with a method reduce(self, unit, grad)", _observe_average,
         small.Stage0, [
@@ -400,6 +447,15 @@ ON_STAGES = {
                     "rate N times as large. Divide by world_size: divide_by=…"),
             Mistake(_Local, "Nothing was sent: each rank would follow its own images only."),
             Mistake(_DividedTwice, "Divided twice by the number of ranks."),
+            Mistake(_DividedBefore, "That is right but for rounding: divided before the sum, each "
+                    "part is rounded. Divide once, after the sum: divide_by=…"),
+            Mistake(_DividedByFour, "On four ranks that is right. Divide by self.world_size."),
+            Mistake(_Rank0sGradients, "Now all have rank 0's gradient, and the images of the "
+                    "others count for nothing. What is wanted is the mean of all."),
+            Mistake(_SumsTheParameters, "That averages the parameters, which are equal anyway. It "
+                    "is `grad` in which the ranks differ."),
+            Mistake(_CopiesIntoNone, "unit.owned.grad is None until you assign it.",
+                    "'NoneType' object has no attribute"),
             Mistake(_NotDelivered, "The mean is computed, but the optimizer does not get it: it "
                     "looks at unit.owned.grad."),
             Mistake(_SliceOnly, "With reduce_scatter only this rank's slice of `grad` is the mean. "
@@ -459,7 +515,7 @@ ON_STAGES = {
                     "4.", "out of bounds|storage"),
             Mistake(_NothingSent, "The memory is there, but nobody has sent anything."),
         ],
-        {"the flat buffer after gather": "All slices, each from its owner's shard.",
+        {**_WAIT, "the flat buffer after gather": "All slices, each from its owner's shard.",
          "bytes of the flat buffer after free": "untyped_storage().resize_(0)"}),
     "6.2": Exercise(
         "a class like small.Stage3, with its four hooks", _observe_hooks, small.Stage3, [
