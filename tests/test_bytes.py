@@ -290,6 +290,7 @@ def send_much(op):
     return recorded, loopback_bytes() - before
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/net/dev").exists(), reason="the kernel does not say")
 @pytest.mark.parametrize("op", ["broadcast", "reduce_scatter", "all_gather", "all_reduce"])
 def test_the_kernel_counts_what_the_trace_records(op):

@@ -23,6 +23,7 @@ def test_import_draws_nothing():
     assert done.stdout == "[]\n", done.stderr
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("task", ["cnn", "text"])
 def test_compare(task, tmp_path, capsys):
     report_file, figure = tmp_path / "report.json", tmp_path / "figure.png"
