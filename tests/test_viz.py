@@ -12,22 +12,37 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_hex
 from PIL import Image
 
 import zero_ref
 from zero_ref import course, memory, viz
-from zero_ref.observe.recorder import ABSENT, EMPTY, IN_FLIGHT, OWNED, TEMPORARY, layout, record
+from zero_ref.observe.recorder import (
+    ABSENT,
+    EMPTY,
+    IN_FLIGHT,
+    OWNED,
+    TEMPORARY,
+    Frame,
+    Layout,
+    Recording,
+    Span,
+    layout,
+    record,
+)
+from zero_ref.observe.trace import Event
 from zero_ref.viz import figures
+from zero_ref.viz.collectives import simulate
 from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
-from zero_ref.viz.steps import StepDrawing, _fitting
+from zero_ref.viz.steps import StepDrawing, fitting
 
 
-def step(stage, overlap):
-    model = zero_ref.wrap(course.build(), stage, overlap=overlap, bucket_cap_mb=0)
+def step(stage, overlap, build=course.build, all_tensors=True):
+    model = zero_ref.wrap(build(), stage, overlap=overlap, bucket_cap_mb=0)
     optimizer = torch.optim.Adam(model.parameters())
     for i in range(2):
         x, y = course.batch(i, model.rank)
-        with record(model, optimizer) as recording:
+        with record(model, optimizer, all_tensors=all_tensors) as recording:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -95,16 +110,16 @@ def test_stages_side_by_side_stop_at_what_all_compute(recordings):
     widget = viz.side_by_side(*[recordings[stage, 4] for stage in range(4)])
     names = [f"{what} {unit}".strip() for what, unit in
              StepDrawing([recordings[s, 4] for s in range(4)]).moments]
-    assert names == ["start", "forward 1", "forward 3", "forward 5", "backward 5", "backward 3",
-                     "backward 1", "step", "end"]
-    assert widget.children[1].selected_index == names.index("backward 5")
+    assert names == ["start", *(f"forward {unit}" for unit in range(1, 7)),
+                     *(f"backward {unit}" for unit in range(6, 0, -1)), "step", "end"]
+    assert widget.children[1].selected_index == names.index("backward 6")
 
 
 def test_eight_ranks():
     by_rank = zero_ref.launch(step, 8, 3, True)
     drawing = StepDrawing([by_rank])
-    pictures = {drawing.png(i) for i in range(len(drawing.moments))}
-    assert len(pictures) == len(drawing.moments)
+    moments = range(0, len(drawing.moments), 6)
+    assert len({drawing.png(i) for i in moments}) == len(moments)
 
 
 def test_the_figures_are_drawn_anew(tmp_path):
@@ -117,6 +132,49 @@ def test_the_figures_are_drawn_anew(tmp_path):
         assert new.shape == old.shape
         if path.name != "timeline.png":  # no times in the others
             assert (new == old).all(), f"{path.name} is not what make figures draws"
+
+
+def uneven():
+    torch.manual_seed(0)
+    linear = torch.nn.Linear
+    return torch.nn.Sequential(torch.nn.Flatten(), linear(64, 40), linear(40, 40), linear(40, 2),
+                               torch.nn.Tanh(), linear(2, 10))
+
+
+def test_units_are_as_wide_as_they_are_large_and_tiny_ones_can_be_seen():
+    by_rank = zero_ref.launch(step, 4, 3, True, uneven)
+    drawing = StepDrawing([by_rank])
+    sizes = {unit.name: unit.padded_numel for unit in by_rank[0].units}
+
+    def span(unit):
+        left, right = (drawing.corners[unit, 0, "parameters", s][corner][0]
+                       for s, corner in ((0, 0), (3, 1)))
+        return left, right
+
+    width = {unit: right - left for unit, (left, right) in ((u, span(u)) for u in sizes)}
+    assert width["1"] / width["2"] == pytest.approx(sizes["1"] / sizes["2"], rel=0.02)
+    assert all(wide >= 22 for wide in width.values()), width
+    spans = [span(unit) for unit in sizes]
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(spans))
+    labels = drawing.grids[0][0].axes.get_xticklabels()
+    boxes = [label.get_window_extent() for label in labels]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+def test_equal_units_are_equally_wide_also_side_by_side(recordings):
+    drawing = StepDrawing([recordings[stage, 4] for stage in range(4)])
+    cells = {round(c[1][0] - c[0][0], 6) for c in drawing.corners.values()}
+    assert len(cells) == 1 and cells.pop() > 4
+    drawing.png(3)
+    axes = [grid[0].axes for grid in drawing.grids]
+    texts = [text for ax in axes for text in (*ax.get_xticklabels(), *ax.texts)]
+    for ax, following in itertools.pairwise(axes):
+        assert ax.texts[0].get_window_extent().x1 < following.get_window_extent().x0
+    for box in (text.get_window_extent() for text in texts):
+        assert 0 <= box.x0 and box.x1 <= drawing.width
+    for ax in axes:
+        boxes = [label.get_window_extent() for label in ax.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
 def blocks(stage):
@@ -139,7 +197,7 @@ def test_titles_and_names_of_units_fit():
     for i in range(len(drawing.moments)):
         drawing.png(i)
         assert drawing.title.get_window_extent().x1 <= drawing.width
-    names, size = _fitting(["encoder.attention.self", "decoder.attention.cross"], 60)
+    names, size = fitting(["encoder.attention.self", "decoder.attention.cross"], 60)
     assert all(len(name) * size * 0.72 <= 62 for name in names)
 
 
@@ -169,9 +227,9 @@ def test_recordings_that_do_not_fit_are_refused(recordings):
 def test_the_partition_map_says_who_owns_what():
     picture = viz.partition_map(
         zero_ref.launch(lambda: layout(zero_ref.wrap(course.build(), 1)), 3)[0])
-    assert picture.text == ("unit 1: 1.weight 1024 | 1.bias 16 | padding 4; 3 slices of 348\n"
-                            "unit 3: 3.weight 256 | 3.bias 16 | padding 4; 3 slices of 92\n"
-                            "unit 5: 5.weight 160 | 5.bias 10 | padding 10; 3 slices of 60")
+    assert picture.text.splitlines() == [
+        f"unit {unit}: {unit}.1.weight 256 | {unit}.1.bias 16 | padding 4; 3 slices of 92"
+        for unit in range(1, 7)]
     assert pixels(picture.png()).std() > 10
 
 
@@ -183,9 +241,26 @@ def test_memory_over_a_step_marks_rest_and_peak(recordings):
     for stage, line in enumerate(picture.text.splitlines()):
         frames = of_rank_0[stage].frames
         peak = max(sum(frame.bytes.values()) for frame in frames)
+        total = max(frame.total for frame in frames)
         assert line.startswith(f"stage {stage}: {bytes_text(formula[stage])} at rest, "
-                               f"{bytes_text(peak)} at the peak")
+                               f"{bytes_text(peak)} of model states at the peak")
+        assert f"{bytes_text(total)} of all tensors at theirs (between " in line
     assert pixels(picture.png()).std() > 10
+
+
+def test_all_tensors_are_drawn_where_they_were_recorded_and_only_then(recordings):
+    recording = recordings[3, 4][0]
+    ax = viz.memory_over_step(recording).figure.axes[0]
+    (line,) = [line for line in ax.lines if line.get_label() == "all tensors"]
+    drawn = [round(y * 1e3) for y in line.get_ydata()]
+    assert drawn[:-1] == [frame.total for frame in recording.frames[1:]]
+    assert line.get_drawstyle() == "steps-post"  # from a frame to the next
+    without = copy.deepcopy(recording)
+    for frame in without.frames:
+        frame.total = None
+    picture = viz.memory_over_step(without)
+    assert "all tensors" not in picture.text
+    assert not [line for line in picture.figure.axes[0].lines if line.get_label() == "all tensors"]
 
 
 def test_the_timeline_and_its_trace_file(recordings, tmp_path):
@@ -205,6 +280,124 @@ def test_the_timeline_and_its_trace_file(recordings, tmp_path):
     for bars in lanes.values():
         assert all(end <= start + 1e-3 for (_, end), (start, _) in itertools.pairwise(sorted(bars)))
     assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in entries if e["ph"] == "X")
+
+
+def bars(picture):
+    """{(rank, lane, colour): [(start, end)] in milliseconds}."""
+    ax, lanes, rank, found = picture.figure.axes[0], {}, "", {}
+    for y, label in zip(ax.get_yticks(), ax.get_yticklabels()):
+        *ranks, lane = label.get_text().split("  ")
+        rank = ranks[0] if ranks else rank
+        lanes[y] = rank, lane
+    for collection in ax.collections:
+        faces = collection.get_facecolor()
+        for path in collection.get_paths():
+            (left, bottom), (right, top) = path.get_extents().get_points()
+            y = min(lanes, key=lambda lane: abs(lane - (bottom + top) / 2))
+            colour = to_hex(faces[0]).upper() if len(faces) else "none"
+            if right - left > 1e-6:
+                found.setdefault((*lanes[y], colour), []).append((round(left, 3), round(right, 3)))
+    return found
+
+
+def test_the_timeline_tells_waiting_for_another_rank_from_sending():
+    """Rank 1 issues an all_gather 4 ms after rank 0. Each needs the result 1 ms after it did."""
+    unit = Layout("6", ["6.weight"], [(4,)], [0], 4, 4, 2, False)
+    frame = Frame("start", "", "", 100.0, {}, {}, 0)
+    by_rank = []
+    for rank, start in enumerate([100.002, 100.006]):
+        event = Event(rank, "all_gather", "6", "forward", 4, torch.float32, 16, 8, start,
+                      awaited=start + 0.001, end=100.009)
+        by_rank.append(Recording(rank, 2, 3, True, [unit], [frame], [event],
+                                 [Span("backward", "6", 100.01, 100.02)]))
+    picture = viz.timeline(by_rank)
+    late, sends = viz.palette.LATE, viz.palette.COMMUNICATION
+    assert {key: value for key, value in bars(picture).items() if key[2] in (late, sends)} == {
+        ("rank 0", "all_gather", late): [(2, 6)], ("rank 0", "all_gather", sends): [(6, 9)],
+        ("rank 0", "computes", late): [(3, 6)], ("rank 0", "computes", sends): [(6, 9)],
+        ("rank 1", "all_gather", sends): [(6, 9)], ("rank 1", "computes", sends): [(7, 9)]}
+    assert [text.get_text() for text in picture.figure.axes[0].texts] == ["6"] * 4
+
+
+def test_names_stand_only_on_bars_that_are_wide_enough(recordings):
+    picture = viz.timeline(recordings[3, 2])
+    ax = picture.figure.axes[0]
+    picture.png()
+    assert ax.texts
+    for text in ax.texts:
+        box = text.get_window_extent()
+        x, y = ax.transData.inverted().transform([(box.x0, box.y0), (box.x1, box.y1)]).T
+        assert any(p.get_extents().x0 <= x[0] and x[1] <= p.get_extents().x1
+                   and p.get_extents().y0 <= min(y) and max(y) <= p.get_extents().y1
+                   for collection in ax.collections for p in collection.get_paths())
+
+
+def test_a_collective_ends_as_it_should_and_sends_what_it_should():
+    ranks = range(4)
+    ends = {
+        "broadcast": {(rank, s): {0} for rank in ranks for s in ranks},
+        "all_gather": {(rank, s): {s} for rank in ranks for s in ranks},
+        "all_reduce": {(rank, s): {0, 1, 2, 3} for rank in ranks for s in ranks},
+        "reduce_scatter": {(rank, rank): {0, 1, 2, 3} for rank in ranks},
+    }
+    sends = {"broadcast": [12, 0, 0, 0], "all_gather": [3] * 4, "reduce_scatter": [3] * 4,
+             "all_reduce": [6] * 4}
+    for op, expected in ends.items():
+        moments = simulate(op)
+        held = moments[-1][0]
+        assert {place: set(held[place]) for place in expected} == expected
+        assert all(len(values) == len(set(values)) for values in held.values())  # nothing twice
+        sent = [sum(len(slices) for _, messages in moments for sender, _, slices in messages
+                    if sender == rank) for rank in ranks]
+        assert sent == sends[op]
+        assert f"send: {', '.join(map(str, sent))}." in viz.collective(op).text
+    with pytest.raises(ValueError, match="op='gather': must be broadcast"):
+        viz.collective("gather")
+
+
+@pytest.mark.parametrize("op", ["broadcast", "reduce_scatter", "all_gather", "all_reduce"])
+def test_the_picture_of_a_collective_has_every_slice_and_every_message(op):
+    picture, moments = viz.collective(op), simulate(op)
+    assert pixels(picture.png()).std() > 10
+    for ax, (held, messages) in zip(picture.figure.axes, moments, strict=True):
+        written = {(round(text.get_position()[1]), int(text.get_position()[0])): text.get_text()
+                   for text in ax.texts if not hasattr(text, "arrow_patch")}
+        assert written == {place: "+".join(map(str, values)) for place, values in held.items()}
+        assert sum(hasattr(text, "arrow_patch") for text in ax.texts) == len(messages)
+        for text in ax.texts:
+            assert text.get_window_extent().width <= ax.get_window_extent().width / 4 * 1.05
+
+
+def test_the_picture_of_hooks_shows_the_first_and_the_last_unit(recordings):
+    recording = zero_ref.launch(step, 2, 3, False)[0]
+    picture = viz.hooks(recording)
+    assert picture.text == """\
+model(x)
+  _pre_forward: all_gather 1, unshards 1
+  _post_forward: reshards 1
+⋮ units 2, 3, 4, 5
+  _pre_forward: all_gather 6, unshards 6
+  _post_forward: reshards 6
+loss.backward()
+  _pre_backward: begins backward, all_gather 6, unshards 6
+  _begin_backward: nothing
+  _on_grad ×2: collects 6
+  _post_backward: reshards 6, reduce_scatter 6, delivers 6
+⋮ units 5, 4, 3, 2
+  _pre_backward: all_gather 1, unshards 1
+  _on_grad ×2: collects 1
+  _finish_backward: reduce_scatter 1, delivers 1, ends backward, reshards 1
+optimizer.step()
+  _after_step: nothing"""
+    assert pixels(picture.png()).std() > 10
+    for r in (recording, recordings[3, 4][0], recordings[1, 2][0]):
+        picture = viz.hooks(r)
+        picture.png()
+        ax = picture.figure.axes[0]
+        boxes = [text.get_window_extent() for text in ax.texts]
+        assert all(0 <= box.x0 and box.x1 <= 1350 for box in boxes)
+        for a, b in itertools.combinations(boxes, 2):
+            assert a.x1 <= b.x0 or b.x1 <= a.x0 or a.y1 <= b.y0 or b.y1 <= a.y0
 
 
 def test_figure_1_has_the_papers_numbers_and_its_sliders_move_it():
@@ -243,9 +436,11 @@ BLIND = {
 
 @pytest.mark.parametrize("kind", BLIND)
 def test_the_colours_stay_apart_for_the_colour_blind(kind):
-    colours = [*KINDS.values(), viz.palette.COMMUNICATION]
+    colours = [*KINDS.values(), viz.palette.COMMUNICATION, viz.palette.LATE,
+               viz.palette.ALL_TENSORS]
     seen = [seen_by(colour, BLIND[kind]) for colour in colours]
     for i, a in enumerate(seen):
         for b in seen[:i]:
             assert np.abs(a - b).max() > 0.1
-    assert len({round(colorsys.rgb_to_hsv(*rgb(c) / 255)[0], 1) for c in colours}) == 4
+    hues = {round(colorsys.rgb_to_hsv(*rgb(c) / 255)[0], 1) for c in colours[:4]}
+    assert len(hues) == 4

@@ -13,7 +13,7 @@ alive at that moment; the stages know nothing of it.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import memory
+from .hooks import HookCall, noted
+from .tensors import Tensors
 from .trace import Event, Trace, recording_into
 
 if TYPE_CHECKING:
@@ -67,7 +69,8 @@ class Frame:
     that was just issued. time: `time.monotonic()` seconds. held: {unit: {"parameters": …,
     "gradients": …, "optimizer": …}}, each a letter per slice. bytes: `memory.resident` at this
     moment. sent: bytes that this rank has had to send since the start, this collective's included;
-    wire_bytes: for this collective alone.
+    wire_bytes: for this collective alone. total: the most bytes that all tensors together took at
+    one time since the previous frame, if that was recorded.
     """
 
     what: str
@@ -78,6 +81,7 @@ class Frame:
     bytes: dict[str, int]
     sent: int
     wire_bytes: int = 0
+    total: int | None = None
 
 
 @dataclass
@@ -102,6 +106,7 @@ class Recording:
     frames: list[Frame] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
+    calls: list[HookCall] = field(default_factory=list)
 
 
 def layout(model: "Stage0") -> list[Layout]:
@@ -112,29 +117,38 @@ def layout(model: "Stage0") -> list[Layout]:
 
 
 @contextmanager
-def record(model: "Stage0",
-           optimizer: torch.optim.Optimizer | None = None) -> Iterator[Recording]:
+def record(model: "Stage0", optimizer: torch.optim.Optimizer | None = None, *,
+           all_tensors: bool = False) -> Iterator[Recording]:
     """Record this rank's part of what happens inside. Yields a Recording, filled at the end.
 
     model: what `zero_ref.wrap` returned. The optimizer's states exist from its first step on, so
     record the second step to see them from the start. Collectives of another model inside the block
     would be taken for this one's. Raises ValueError for any other module.
+    all_tensors: also measure `Frame.total`: the model states that were there at the start, and
+        every tensor that was made inside and is still alive: activations, gradients, temporaries,
+        landing buffers. torch's profiler runs for that, so times are longer. It does not see that
+        an older tensor is freed, such as the loss of the step before, and warns: `del` it first.
     """
     if not hasattr(model, "units"):
         raise ValueError(f"record takes what zero_ref.wrap returned, this is a "
                          f"{type(model).__name__}")
     recording = Recording(model.rank, model.world_size, model.stage, model.overlap, layout(model))
     recorder = _Recorder(model, optimizer, recording)
-    hooks = recorder.register_hooks()
-    try:
-        with recording_into(recorder):
-            recorder.frame("start")
-            yield recording
-            recorder.frame("end")
-    finally:
-        recording.events = recorder.events
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as stack:
+        for hook in recorder.register_hooks():
+            stack.callback(hook.remove)
+        recording.calls = stack.enter_context(noted(model))
+        stack.enter_context(recording_into(recorder))
+        if all_tensors:
+            recorder.tensors = Tensors(recorder, model.units[0].flat.device)
+            stack.enter_context(recorder.tensors.counting())
+        recorder.frame("start")
+        yield recording
+        recorder.frame("end")
+    if recorder.tensors is not None:
+        at_the_start = sum(recording.frames[0].bytes.values())
+        for frame, most in zip(recording.frames, recorder.tensors.most):
+            frame.total = at_the_start + most
 
 
 class _Recorder(Trace):
@@ -144,6 +158,8 @@ class _Recorder(Trace):
                  recording: Recording):
         super().__init__()
         self.model, self.optimizer, self.recording = model, optimizer, recording
+        recording.events = self.events
+        self.tensors: Tensors | None = None
         self.mark = time.monotonic()  # when the last span ended
         self.started: list[float] = []  # of units whose forward is running, the innermost last
         self.gradients = {}  # unit -> indices of the parameters that backward has come to
@@ -153,6 +169,8 @@ class _Recorder(Trace):
         self.frame(event.op, event.unit, event.phase, event.wire_bytes)
 
     def frame(self, what: str, unit: str = "", phase: str = "", wire_bytes: int = 0) -> None:
+        if self.tensors is not None:
+            self.tensors.mark()
         self.recording.frames.append(Frame(
             what, unit, phase, time.monotonic(), self.held(),
             memory.resident(self.model, self.optimizer), self.wire_bytes(), wire_bytes))

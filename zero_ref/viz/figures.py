@@ -30,7 +30,7 @@ def draw(folder: Path | str) -> list[Path]:
         "stepper": step.png(step.moments.index(("backward", "3"))),
         "memory_over_step": memory_over_step(*[r[0] for r in recordings.values()],
                                              formula=formula).png(),
-        "timeline": timeline(launch(_recorded, 2, 3, _wide, 64)).png(),
+        "timeline": timeline(launch(_recorded, 2, 3, False, _wide, 64)).png(),
     }
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
@@ -42,12 +42,12 @@ def draw(folder: Path | str) -> list[Path]:
     return [folder / f"{name}.png" for name in written]
 
 
-def _recorded(stage, build=course.build, size=8):
+def _recorded(stage, all_tensors=True, build=course.build, size=8):
     model = wrap(build(), stage, bucket_cap_mb=0)  # a message per unit
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for step in range(3):
         x, y = course.batch(step, model.rank, size)
-        with record(model, optimizer) as recording:
+        with record(model, optimizer, all_tensors=all_tensors) as recording:
             F.cross_entropy(model(x), y).backward()
             optimizer.step()
             optimizer.zero_grad()

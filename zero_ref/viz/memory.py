@@ -1,4 +1,4 @@
-"""Bytes of model states from one event of a step to the next."""
+"""Bytes held, from one event of a step to the next."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -6,7 +6,7 @@ from itertools import pairwise
 from matplotlib.figure import Figure
 
 from ..observe.recorder import COMPUTED, Recording
-from .palette import COMMUNICATION, INK, KINDS, bytes_text
+from .palette import ALL_TENSORS, COMMUNICATION, INK, KINDS, bytes_text
 from .picture import Picture
 
 _LINES = ["-", "--", "-.", ":"]
@@ -14,20 +14,19 @@ _LINES = ["-", "--", "-.", ":"]
 
 def memory_over_step(*recordings: Recording, formula: Mapping[int, int] | None = None) -> Picture:
     """Stacked bytes of parameters, gradients and optimizer states, a panel for each Recording, all
-    to one scale: give those of one rank at several stages, for instance. Several are laid over one
-    another in a last panel.
+    to one scale: give those of one rank at several stages, for instance. Above them the line of all
+    tensors, if they were recorded. Several are laid over one another in a last panel.
 
-    formula: {stage: bytes at rest} to draw as a line; by default none. Activations and messages
-    in flight are not model states, and so not in the picture. Raises ValueError for no recording or
-    more than four.
+    formula: {stage: bytes of model states at rest} to draw as a line; by default none. Raises
+    ValueError for no recording or more than four.
     """
     if not 1 <= len(recordings) <= len(_LINES):
         raise ValueError(f"{len(recordings)} recordings to draw: give at least one and at most "
                          f"{len(_LINES)}")
     together = len(recordings) > 1
-    figure = Figure(figsize=(9, 3.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=150)
     panels = figure.subplots(1, len(recordings) + together, sharey=True, squeeze=False)[0]
-    largest = max(sum(f.bytes.values()) for r in recordings for f in r.frames)
+    largest = max(max(_model_states(r) + _all_tensors(r)) for r in recordings)
     unit, name = (1e6, "MB") if largest >= 1e7 else (1e3, "kB") if largest >= 1e4 else (1, "bytes")
     text = []
     for ax, recording in zip(panels, recordings):
@@ -36,17 +35,9 @@ def memory_over_step(*recordings: Recording, formula: Mapping[int, int] | None =
     handles, labels = panels[0].get_legend_handles_labels()
     ticks = panels[0].plot([], [], color=COMMUNICATION, linewidth=2)
     figure.legend([*handles, *ticks], [*labels, "a collective"], loc="outside lower center",
-                  ncols=5, frameon=False, fontsize=9)
+                  ncols=6, frameon=False, fontsize=9)
     if together:
-        ax = panels[-1]
-        for i, recording in enumerate(recordings):
-            total = [sum(f.bytes.values()) / unit for f in recording.frames]
-            ax.step(_moments(recording), total, where="post", color=INK, linewidth=1.2,
-                    linestyle=_LINES[i % 4], label=f"stage {recording.stage}")
-        ax.legend(title="all together", frameon=False, fontsize=8, ncols=2, loc="lower left",
-                  bbox_to_anchor=(-0.05, 1), borderpad=0, handlelength=1.6, columnspacing=0.8,
-                  alignment="left", title_fontsize=10)
-        _tidy(ax, 1)
+        _draw_together(panels[-1], recordings, unit)
     return Picture(figure, "\n".join(text))
 
 
@@ -55,26 +46,63 @@ def _draw(ax, recording, unit, tallest, formula):
     stacked = [[f.bytes[kind] / unit for f in frames] for kind in reversed(KINDS)]
     ax.stackplot(range(len(frames)), stacked, colors=list(reversed(KINDS.values())), step="post",
                  labels=list(reversed(KINDS)))
-    total = [sum(f.bytes.values()) for f in frames]
-    rest, peak = total[0], max(total)
-    at = total.index(peak)
-    title = f"stage {recording.stage}\nat rest {bytes_text(rest)}\n"
-    if peak > rest:
-        ax.plot(at, peak / unit, marker="v", color=INK, markersize=7, clip_on=False)
-        title += f"▼ peak {bytes_text(peak)}"
-    else:
-        title += "at the peak the same"
-    for i, frame in enumerate(frames):
-        if frame.wire_bytes:
-            ax.plot([i, i], [-0.035 * tallest, 0], color=COMMUNICATION, linewidth=2)
+    states = _model_states(recording)
     if formula is not None:
         ax.axhline(formula[recording.stage] / unit, color=INK, linewidth=1.2, linestyle="--",
                    label="formula, at rest")
-    ax.set_title(title, fontsize=10, loc="left")
+    peak, at = _peak(states)
+    said = f"{bytes_text(peak)} of model states at the peak ({_named(frames[at])})"
+    peaks = [(INK, "model states", peak, at)]
+    if everything := _all_tensors(recording):
+        ax.step(range(len(frames)), [n / unit for n in everything], where="post", linewidth=1.6,
+                color=ALL_TENSORS, label="all tensors")
+        peak, at = _peak(everything)
+        said += (f", {bytes_text(peak)} of all tensors at theirs (between {_named(frames[at])} and "
+                 f"{_named(frames[at + 1])})")
+        peaks = [(ALL_TENSORS, "all tensors", peak, at), *peaks]
+    for line, (colour, name, peak, at) in enumerate(peaks):
+        ax.plot(at, peak / unit, marker="v", color=colour, markersize=7, clip_on=False)
+        ax.annotate(f"▼ {name} {bytes_text(peak)}", (0, 1), xytext=(0, 6 + 13 * line), fontsize=9,
+                    color=colour, xycoords="axes fraction", textcoords="offset points")
+    for i, frame in enumerate(frames):
+        if frame.wire_bytes:
+            ax.plot([i, i], [-0.035 * tallest, 0], color=COMMUNICATION, linewidth=2)
+    ax.set_title(f"stage {recording.stage}\nat rest {bytes_text(states[0])}", fontsize=10,
+                 loc="left", pad=8 + 13 * len(peaks))
     ax.set_ylim(-0.035 * tallest, tallest * 1.04)
     _tidy(ax, len(frames) - 1)
-    return (f"stage {recording.stage}: {bytes_text(rest)} at rest, {bytes_text(peak)} at the peak "
-            f"({frames[at].what} {frames[at].unit}".rstrip() + ")")
+    return f"stage {recording.stage}: {bytes_text(states[0])} at rest, {said}"
+
+
+def _draw_together(ax, recordings, unit):
+    for i, recording in enumerate(recordings):
+        everything = _all_tensors(recording)
+        line = everything or _model_states(recording)
+        ax.step(_moments(recording), [n / unit for n in line], where="post", linewidth=1.2,
+                color=ALL_TENSORS if everything else INK, linestyle=_LINES[i],
+                label=f"stage {recording.stage}")
+    ax.legend(title="all tensors\ntogether" if everything else "all together", frameon=False,
+              fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(-0.05, 1), borderpad=0,
+              handlelength=1.6, columnspacing=0.8, alignment="left", title_fontsize=10)
+    _tidy(ax, 1)
+
+
+def _model_states(recording):
+    return [sum(f.bytes.values()) for f in recording.frames]
+
+
+def _all_tensors(recording):
+    """For each frame but the last, the most bytes from there to the next, and that again."""
+    totals = [f.total for f in recording.frames]
+    return [] if totals[0] is None else [*totals[1:], totals[-1]]
+
+
+def _peak(line):
+    return max(line), line.index(max(line))
+
+
+def _named(frame):
+    return f"{frame.what} {frame.unit}".rstrip()
 
 
 def _tidy(ax, right):

@@ -7,6 +7,8 @@ the hues of figure 1 of the ZeRO paper.
 PARAMETERS, GRADIENTS, OPTIMIZER, COMMUNICATION = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 PADDING, INK, PAPER = "#999999", "#222222", "#F2F2F2"
 FORWARD, BACKWARD = "#C4C4C4", "#8A8A8A"  # a rank that computes
+ALL_TENSORS = "#D55E00"  # model states and everything else
+LATE = "#F0E442"  # another rank is waited for
 
 KINDS = {"parameters": PARAMETERS, "gradients": GRADIENTS, "optimizer": OPTIMIZER}
 SHORT = {"all_gather": "AG", "reduce_scatter": "RS", "all_reduce": "AR", "broadcast": "BC",

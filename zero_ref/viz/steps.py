@@ -1,7 +1,7 @@
 """A recorded step, one event at a time: what every rank holds of every unit."""
 
 from collections.abc import Sequence
-from itertools import groupby, takewhile
+from itertools import groupby, pairwise, takewhile
 from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -146,30 +146,36 @@ class StepDrawing:
 
     def _grid(self, place, ranks):
         ax = self.figure.add_axes(place)
-        n, gap = self.ranks, 0.8
-        ax.set_xlim(-0.2, len(self.units) * (n + gap) - gap + 0.2)
+        n, wide = self.ranks, place[2] * self.width
+        ax.set_xlim(-1, wide + 1)
         ax.set_ylim(self.ranks * 4 - 0.6, -0.4)
-        cells, colours = [], []
+        gap = wide / len(self.units) / 6
+        widths = _widths([unit.padded_numel for unit in self.units],
+                         wide - gap * (len(self.units) - 1), 6 * n)
+        cells, colours, middles = [], [], []
         self.corners = {}
-        for u, unit in enumerate(self.units):
+        left = 0
+        for unit, width in zip(self.units, widths):
             for rank in range(n):
                 for k, kind in enumerate(KINDS):
                     for s in range(n):
-                        x, y = u * (n + gap) + s, rank * 4 + k
-                        square = [(x, y), (x + 0.92, y), (x + 0.92, y + 0.88), (x, y + 0.88)]
+                        x, y = left + s * width / n, rank * 4 + k
+                        z = x + width / n - min(1.5, 0.08 * width / n)
+                        square = [(x, y), (z, y), (z, y + 0.88), (x, y + 0.88)]
                         self.corners[unit.name, rank, kind, s] = square
                         cells.append(square)
                         colours.append(PAPER)
+            middles.append(left + width / 2)
+            left += width + gap
         ax.add_collection(PolyCollection(cells, facecolors=colours), autolim=False)
         changing = [PolyCollection([], linewidths=1.1) for _ in range(3)]
         changing[1].set_hatch("//////")
         for collection in changing:
             ax.add_collection(self._changes(collection), autolim=False)
         self.grids.append(changing)
-        middle = [u * (n + gap) + n / 2 for u in range(len(self.units))]
-        names, size = _fitting([unit.name for unit in self.units],
-                               place[2] * self.width / len(self.units))
-        ax.set_xticks(middle, names, fontsize=size)
+        names, size = fitting([unit.name for unit in self.units],
+                               min((b - a for a, b in pairwise(middles)), default=wide))
+        ax.set_xticks(middles, names, fontsize=size)
         ax.set_yticks([r * 4 + 1.4 for r in range(n)], [f"rank {r}" for r in range(n)]
                       if ranks else [""] * n, fontsize=10)
         ax.tick_params(length=0)
@@ -200,12 +206,13 @@ class StepDrawing:
         ax.set_xlim(0, len(frames))
         ax.set_ylim(0, 1)
         ax.axis("off")
+        room = place[2] * self.width / len(frames)
         for i, frame in enumerate(frames):
             letters = SHORT.get(frame.what) or _LETTER.get(frame.what)
             if letters and len(frames) <= 60:
                 self._changes(ax.text(i + 0.48, 0.5, letters, ha="center", va="center", zorder=5,
-                                      fontsize=8.5 if len(frames) <= 32 else 5))
-        start, room = 0, place[2] * self.width / len(frames)
+                                      fontsize=min(8.5, 0.36 * room)))
+        start = 0
         for phase, run in groupby(frames, key=lambda frame: frame.phase):
             end = start + len(list(run))
             if phase and (end - start) * room > 7 * len(phase):
@@ -315,7 +322,18 @@ class StepDrawing:
         bars.set(verts=corners, facecolors=colours)
 
 
-def _fitting(names: Sequence[str], pixels: float) -> tuple[list[str], float]:
+def _widths(sizes: Sequence[int], room: float, least: float) -> list[float]:
+    """Proportional to the sizes, and `room` in all. Units too small to be seen get `least`, or half
+    of what they would have if all were equal."""
+    least = min(least, room / len(sizes) / 2)
+    widths, left = [0.0] * len(sizes), sum(sizes)
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        widths[i] = max(least, room * sizes[i] / left)
+        room, left = room - widths[i], left - sizes[i]
+    return widths
+
+
+def fitting(names: Sequence[str], pixels: float) -> tuple[list[str], float]:
     """Names of units that fit into columns of this width, and their font size."""
     heads = zip(*[name.split(".")[:-1] for name in names])
     shared = "".join(f"{part[0]}." for part in takewhile(lambda part: len(set(part)) == 1, heads))

@@ -1,60 +1,91 @@
-"""When each rank computed, communicated and waited."""
+"""When each rank computed, sent and waited, and for what."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ..observe.recorder import Recording
-from .palette import BACKWARD, COMMUNICATION, FORWARD, INK, OPTIMIZER, SHORT
+from .palette import BACKWARD, COMMUNICATION, FORWARD, INK, LATE, OPTIMIZER, SHORT
 from .picture import Picture
 
 _PHASES = {"forward": FORWARD, "backward": BACKWARD, "step": OPTIMIZER}
-_HATCHES = {"all_gather": None, "reduce_scatter": "////", "all_reduce": "xxxx",
-            "broadcast": "...."}
 
 
 def timeline(recordings: Sequence[Recording]) -> Picture:
-    """Lanes for each rank, what it computes above what it communicates, in milliseconds.
+    """Lanes for each rank, in milliseconds: what it computes, and below that each kind of
+    collective. Until the last rank has issued the same collective, the others wait for that rank.
 
-    recordings: one per rank, of ranks on one machine (which share a clock).
+    recordings: one per rank, of the same step, on one machine (so that they share a clock).
     """
     began = min(r.frames[0].time for r in recordings)
-    figure = Figure(figsize=(9, 1.1 + 0.75 * len(recordings)), layout="constrained", dpi=150)
+    ops = list(dict.fromkeys(event.op for r in recordings for event in r.events))
+    rows = len(recordings) * (1.6 + len(ops))
+    figure = Figure(figsize=(9, 1.1 + 0.26 * rows), layout="constrained", dpi=150)
     ax = figure.subplots()
-    ticks = []
-    for row, r in enumerate(recordings):
-        y = 2.4 * row
-        ticks += [(y + 0.4, f"rank {r.rank}  computes"), (y + 1.3, "communicates")]
+    lanes, names, y = [], [], 0.0
+
+    def bar(start, end, y, label="", **style):
+        left, width = (start - began) * 1e3, (end - start) * 1e3
+        ax.broken_barh([(left, width)], (y + 0.08, 0.84), **style)
+        if label:
+            text = ax.text(left + width / 2, y + 0.5, label, ha="center", va="center", fontsize=7)
+            names.append((text, left, left + width))
+
+    # When the last rank issued each collective: all ranks issue the same ones in the same order.
+    issued = [max(event.start for event in together)
+              for together in zip(*(r.events for r in recordings))]
+    for r in recordings:
+        lanes.append((y + 0.5, f"rank {r.rank}  computes"))
+        lanes += [(y + 1.5 + i, op) for i, op in enumerate(ops)]
         for span in r.spans:
-            _bar(ax, began, span.start, span.end, y, 0.8, color=_PHASES[span.phase])
-        for event in r.events:
+            bar(span.start, span.end, y, span.unit, facecolor=_PHASES[span.phase],
+                edgecolor="white", linewidth=0.6)
+        free = dict.fromkeys(ops, began)  # a lane carries out one after the other
+        for event, last in zip(r.events, issued):
             if event.end is None:  # the step failed while it was in flight
                 continue
-            half = 0 if event.op == "all_gather" else 0.4  # two kinds may be in flight at once
-            _bar(ax, began, event.start, event.end, y + 0.9 + half, 0.38, facecolor=COMMUNICATION,
-                 hatch=_HATCHES.get(event.op), edgecolor="white", linewidth=0.5)
+            lane, starts = y + 1 + ops.index(event.op), max(event.start, free[event.op])
+            sends = last if starts < last < event.end else starts
+            free[event.op] = event.end
+            bar(starts, sends, lane, color=LATE, linewidth=0)
+            bar(sends, event.end, lane, event.unit, facecolor=COMMUNICATION, edgecolor="white",
+                linewidth=0.6)
             if event.awaited is not None and event.end > event.awaited:
-                _bar(ax, began, event.awaited, event.end, y + 0.1, 0.6, facecolor="white",
-                     edgecolor=INK, linewidth=0.6, zorder=3)
-    ax.set_yticks(*zip(*ticks), fontsize=9)
-    ax.invert_yaxis()
+                bar(event.awaited, max(event.awaited, sends), y, color=LATE, linewidth=0)
+                bar(max(event.awaited, sends), event.end, y, color=COMMUNICATION, linewidth=0)
+                bar(event.awaited, event.end, y, facecolor="none", edgecolor=INK, linewidth=0.8)
+        y += 1.6 + len(ops)
+    ax.set_yticks(*zip(*lanes), fontsize=9)
+    ax.set_ylim(y - 0.6, 0)
     ax.set_xlabel("milliseconds from the start of the step")
     ax.set_xlim(0)
     ax.tick_params(axis="y", length=0)
     ax.spines[["top", "right", "left"]].set_visible(False)
-    used = {event.op for r in recordings for event in r.events}
     legend = [Patch(color=colour, label=phase) for phase, colour in _PHASES.items()]
-    legend += [Patch(facecolor="white", edgecolor=INK, label="waits")]
-    legend += [Patch(facecolor=COMMUNICATION, edgecolor="white", hatch=_HATCHES.get(op), label=op)
-               for op in _HATCHES if op in used]
-    figure.legend(handles=legend, loc="outside upper left", ncols=7, frameon=False, fontsize=9)
+    legend += [Patch(color=LATE, label="waits for another rank"),
+               Patch(color=COMMUNICATION, label="sends"),
+               Patch(facecolor="white", edgecolor=INK, label="the rank stands still")]
+    figure.legend(handles=legend, loc="outside upper left", ncols=6, frameon=False, fontsize=9,
+                  columnspacing=1.2, handlelength=1.4)
+    _keep_what_fits(figure, ax, names)
     first = recordings[0]
     return Picture(figure, f"Timeline of a step at stage {first.stage} on {len(recordings)} ranks, "
                            f"{'overlapped' if first.overlap else 'not overlapped'}: "
                            f"{len(first.events)} collectives per rank")
+
+
+def _keep_what_fits(figure, ax, names):
+    """Remove those names that are wider than their bars."""
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    for text, left, right in names:
+        (x0, _), (x1, _) = ax.transData.transform([(left, 0), (right, 0)])
+        if text.get_window_extent().width > x1 - x0 - 2:
+            text.remove()
 
 
 def chrome_trace(recordings: Sequence[Recording], path: Path | str) -> None:
@@ -90,6 +121,3 @@ def chrome_trace(recordings: Sequence[Recording], path: Path | str) -> None:
     with open(path, "w") as file:
         json.dump({"traceEvents": entries, "displayTimeUnit": "ms"}, file)
 
-
-def _bar(ax, began, start, end, y, height, **style):
-    ax.broken_barh([((start - began) * 1e3, (end - start) * 1e3)], (y, height), **style)
