@@ -42,7 +42,10 @@ class Exchange:
 
         plans = comm.all_gather_object([sizes(send), sizes(recv)], dist.group.WORLD,
                                        phase="exchange")
-        for rank, (_, waits) in enumerate(plans):
+        for rank, (sends, waits) in enumerate(plans):
+            if str(rank) in sends or str(rank) in waits:
+                raise RuntimeError(f"round {self.rounds + 1}: rank {rank} exchanges with itself; "
+                                   "what it has already need not travel")
             for other, numel in waits.items():
                 there = plans[int(other)][0].get(str(rank))
                 if there is None:

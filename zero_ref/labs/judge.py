@@ -81,7 +81,7 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
         outcome = outcome_of(exercise, world_size, answer, LIMIT + 5 * seconds)
         if isinstance(outcome, Failed):
             hint = _hint_for_error(exercise, outcome)
-            return Verdict(False, "\n".join([f"{name} is not right yet, on {world_size} ranks.",
+            return Verdict(False, "\n".join([f"{name} is not right yet{_on(world_size)}.",
                                              outcome.text, *hint]))
         if holes := [seen for seen in outcome if isinstance(seen, Todo)]:
             return Verdict(False, f"{name}: not yet. Write your own lines in place of "
@@ -90,17 +90,23 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
             assert not isinstance(seen, Todo)
             wrong = [what for what in wanted if not same(seen.get(what), wanted[what])]
             if wrong:
-                where = f"{name} is not right yet, on {world_size} ranks. On rank {rank}:"
+                where = f"{name} is not right yet{_on(world_size)}."
+                where += f" On rank {rank}:" if world_size > 1 else ""
                 lines = [_difference(what, wanted[what], seen.get(what)) for what in wrong
                          if what in seen or what == wrong[0]]
                 hint = _hint(name, exercise, world_size, outcome, wrong[0])
                 return Verdict(False, "\n".join([where, *lines, *hint]))
         found.append(expected[0])
-    numbers = [f"{what} {_shown(value)}" for what, value in found[0].items()
+    numbers = [f"{what}: {_shown(value)}" for what, value in found[0].items()
                if isinstance(value, int) and not isinstance(value, bool) and value]
-    sizes = " and ".join(map(str, exercise.world_sizes))
-    facts = f" On rank 0 of {exercise.world_sizes[0]}: {', '.join(numbers)}." if numbers else ""
-    return Verdict(True, f"{name} is right, on {sizes} ranks.{facts}")
+    first = exercise.world_sizes[0]
+    where = f" On rank 0 of {first}, " if first > 1 else " "
+    facts = f"{where}{'; '.join(numbers)}." if numbers else ""
+    return Verdict(True, f"{name} is right{_on(*exercise.world_sizes)}.{facts}")
+
+
+def _on(*world_sizes):
+    return f", on {' and '.join(map(str, world_sizes))} ranks" if world_sizes[0] > 1 else ""
 
 
 def outcome_of(exercise: Exercise, world_size: int, answer: Any, limit: float) -> Outcome:
@@ -180,7 +186,7 @@ def _hint(name, exercise, world_size, outcome, first):
 
 
 def _hint_for_error(exercise: Exercise, failed: Failed) -> list[str]:
-    if failed.reason == "stuck" and "same place" in failed.text:
+    if failed.reason == "stuck" and "a loop without" in failed.text:
         return []
     known: list[Mistake] = [m for m in exercise.mistakes
                             if m.raises is not None and re.search(m.raises, failed.reason)]
@@ -221,8 +227,7 @@ def _who_waits(error: Stuck) -> str:
     lines = [f"After some seconds, {_ranks(ranks)} still at{place}"
              for place, ranks in places.items()]
     if len(places) == 1 and not error.finished:
-        return "\n".join([*lines, "All are at the same place: a loop without an end, or a message "
-                          "that nobody sends."])
+        return "\n".join([*lines, "This is a loop without an end, or a message that nobody sends."])
     if error.finished:
         there = [str(rank) for rank in error.finished]
         lines.append(f"{_ranks(there).replace(' is', ' had').replace(' are', ' had')} finished, "

@@ -54,7 +54,9 @@ def _traffic(exchange: Exchange, world_size: int) -> Observed:
 
 
 def _result(value):
-    return value.detach().clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return "nothing was returned" if value is None else value
 
 
 def _observe_ring_reduce_scatter(answer) -> Observed:
@@ -81,7 +83,7 @@ def _observe_sum_in_rank_order(answer) -> Observed:
     flat[::2] = torch.arange(float(world_size)) * 100 + rank
     before = flat.clone()
     result = _result(answer(flat, rank, world_size, exchange))
-    return {"the result": result, "bytes sent": exchange.bytes,
+    return {"the result": result, "rounds": exchange.rounds, "bytes sent": exchange.bytes,
             "flat is as it was": torch.equal(flat, before)}
 
 
@@ -154,6 +156,63 @@ def _both_ways(flat, rank, world_size, exchange):
         came = torch.empty_like(slices[0])
         exchange(send={right: slices[rank - k]}, recv={right: came})
         slices[rank - k - 1] += came
+    return slices[rank]
+
+
+def _passes_its_own_on(flat, rank, world_size, exchange):
+    own, slices = flat.chunk(world_size), list(flat.clone().chunk(world_size))
+    right, left = (rank + 1) % world_size, (rank - 1) % world_size
+    for k in range(1, world_size):
+        came = torch.empty_like(slices[0])
+        exchange(send={right: own[rank - k]}, recv={left: came})
+        slices[rank - k - 1] += came
+    return slices[rank]
+
+
+def _mean_around(flat, rank, world_size, exchange):
+    return ring_reduce_scatter(flat, rank, world_size, exchange) / world_size
+
+
+def _beyond_the_list(flat, rank, world_size, exchange):
+    slices = list(flat.clone().chunk(world_size))
+    right, left = (rank + 1) % world_size, (rank - 1) % world_size
+    for k in range(1, world_size):
+        came = torch.empty_like(slices[0])
+        exchange(send={right: slices[rank + k]}, recv={left: came})
+        slices[rank - k - 1] += came
+    return slices[rank]
+
+
+def _receives_nothing(flat, rank, world_size, exchange):
+    slices = list(flat.clone().chunk(world_size))
+    for k in range(1, world_size):
+        exchange(send={(rank + 1) % world_size: slices[rank - k]}, recv={})
+    return slices[rank]
+
+
+def _room_for_all(flat, rank, world_size, exchange):
+    slices = list(flat.clone().chunk(world_size))
+    right, left = (rank + 1) % world_size, (rank - 1) % world_size
+    for k in range(1, world_size):
+        came = torch.empty_like(flat)
+        exchange(send={right: slices[rank - k]}, recv={left: came})
+        slices[rank - k - 1] += came
+    return slices[rank]
+
+
+def _without_own_part(flat, rank, world_size, exchange):
+    slices = flat.chunk(world_size)
+    others = [r for r in range(world_size) if r != rank]
+    parts = {r: torch.empty_like(slices[0]) for r in others}
+    exchange(send={r: slices[r] for r in others}, recv=parts)
+    return sum(parts[r] for r in range(world_size))
+
+
+def _whole_buffers_to_slices(flat, rank, world_size, exchange):
+    slices = flat.chunk(world_size)
+    others = [r for r in range(world_size) if r != rank]
+    parts = {r: torch.empty_like(slices[0]) for r in others}
+    exchange(send={r: flat for r in others}, recv=parts)
     return slices[rank]
 
 
@@ -246,6 +305,11 @@ def _without_its_own(flat, rank, world_size, exchange):
     return total
 
 
+_UNEXPECTED = ("What is sent in a round has to be received in the same round: recv={…} names the "
+               "rank that it comes from.")
+_ROOM = "A message has one size on both sides. What travels here is one slice."
+_TO_THE_RIGHT = ("In this ring every rank sends to its right neighbour, (rank + 1) % world_size, and "
+                 "to nobody else.")
 _NOBODY_SENDS = ("In each round a message goes from a rank to its right neighbour, so what a rank "
                  "receives comes from its left one.")
 
@@ -255,9 +319,10 @@ ON_COLLECTIVES = {
         _observe_ring_reduce_scatter, ring_reduce_scatter, [
             Mistake(_whole_buffer_around, "The sum is right, but in each round you send a whole "
                     "buffer. A slice is enough: send the one that you have just added to."),
-            Mistake(_one_slice_too_early, "Your own slice must be the last one that you add to. "
-                    "Which slice do you send in the first round, if its journey is to end at its "
-                    "owner after world_size - 1 rounds?"),
+            Mistake(_one_slice_too_early, "The result is your own values: nothing has been added "
+                    "to the slice that you return. It must be the last one that you add to. Which "
+                    "slice do you send in the first round, if its journey is to end at its owner "
+                    "after world_size - 1 rounds?"),
             Mistake(_replaces, "What arrives takes the place of your own values. In a "
                     "reduce-scatter it has to be added to them; taking their place is all-gather."),
             Mistake(_one_round_too_many, "One round too many: after world_size - 1 rounds every "
@@ -269,10 +334,21 @@ ON_COLLECTIVES = {
             Mistake(_direct_reduce_scatter, "The sum is right and the bytes are, but that is "
                     "direct exchange: in a ring a rank sends to its right neighbour only, in "
                     "world_size - 1 rounds."),
+            Mistake(_passes_its_own_on, "You send this rank's original values on. What travels is "
+                    "the sum so far: send the slice that you have just added to."),
+            Mistake(_mean_around, "That is the mean. A reduce_scatter sums; whoever wants the mean "
+                    "divides afterwards."),
             Mistake(_both_ways, _NOBODY_SENDS, "waits for a message from rank"),
+            Mistake(_receives_nothing, _UNEXPECTED, "does not wait for a message"),
+            Mistake(_room_for_all, _ROOM, "has made room for"),
+            Mistake(_beyond_the_list, "A ring has no end: take the index % world_size. (Negative "
+                    "indices count from the end of a list, which is a ring, too.)",
+                    "index out of range"),
         ],
         {"the result": "Write down for two ranks, round by round, which slice each of them sends.",
-         "rounds": "A slice takes world_size - 1 steps around the ring.",
+         "rounds": "A slice takes world_size - 1 steps around the ring, and each step is one call "
+         "of exchange.",
+         "sends to its right neighbour alone": _TO_THE_RIGHT,
          "flat is as it was": "Work on a copy: `flat` is the caller's.",
          "bytes sent": "(N-1)/N of the buffer: one slice in each of N - 1 rounds."}),
     "1.2": Exercise(
@@ -292,6 +368,9 @@ ON_COLLECTIVES = {
             Mistake(_gather_both_ways, _NOBODY_SENDS, "waits for a message from rank"),
         ],
         {"the result": "Which rank's slice arrives in round k?",
+         "rounds": "A slice takes world_size - 1 steps around the ring, and each step is one call "
+         "of exchange.",
+         "sends to its right neighbour alone": _TO_THE_RIGHT,
          "bytes sent": "(N-1)/N of the buffer: one slice in each of N - 1 rounds."}),
     "1.3": Exercise(
         "a function (flat, rank, world_size, exchange) → this rank's slice of the sum, in rank "
@@ -306,9 +385,14 @@ ON_COLLECTIVES = {
                     "everyone. Rank r needs only slice r of it."),
             Mistake(_own_slice_to_all, "You send your slice `rank` to everyone. What rank r is to "
                     "add up is slice r: send it that one."),
+            Mistake(_whole_buffers_to_slices, "Rank r needs slice r of your buffer, and has made "
+                    "room for that alone.", "has made room for"),
+            Mistake(_without_own_part, "Your own part is not sent to anybody, so it does not "
+                    "arrive with the others: put it among them yourself.", "KeyError"),
             Mistake(_without_its_own, "Your own part of the slice is missing in the sum."),
         ],
         {"the result": "Add from left to right: rank 0's part, then rank 1's, and so on.",
+         "rounds": "One round is enough: everyone sends to everyone at once.",
          "bytes sent": "Each of the N - 1 other ranks gets one slice, (N-1)/N of the buffer.",
          "flat is as it was": "Add up in memory of its own: `flat` is the caller's."}),
 }

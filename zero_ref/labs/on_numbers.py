@@ -27,10 +27,11 @@ def bytes_per_rank(numel, world_size, stage):
 
 def _observe_bytes(answer) -> Observed:
     numel, world_size = 7_500_000_000 // 64 * 64, 64
-    found: Observed = {f"stage {stage}": answer(numel, world_size, stage) for stage in range(4)}
-    found["stage 3 on one rank"] = answer(1000, 1, 3)
-    return {what: int(n) if isinstance(n, float) and n == int(n) else n
-            for what, n in found.items()}
+    found: Observed = {f"7.5 B on 64 ranks, stage {stage}": answer(numel, world_size, stage)
+                       for stage in range(4)}
+    found["1,000 parameters on one rank, stage 3"] = answer(1000, 1, 3)
+    return {what: int(n) if isinstance(n, float) and n == int(n) else
+            "nothing was returned" if n is None else n for what, n in found.items()}
 
 
 def _everything_cut(numel, world_size, stage):
@@ -51,6 +52,32 @@ def _without_master(numel, world_size, stage):
     if stage >= 3:
         params //= world_size
     return params + grads + states
+
+
+def _fp32(numel, world_size, stage):
+    params, grads, states = 4 * numel, 4 * numel, 8 * numel
+    if stage >= 1:
+        states //= world_size
+    if stage >= 2:
+        grads //= world_size
+    if stage >= 3:
+        params //= world_size
+    return params + grads + states
+
+
+def _only_equal(numel, world_size, stage):
+    params, grads, states = 2 * numel, 2 * numel, 12 * numel
+    if stage == 3:
+        params //= world_size
+    if stage == 2:
+        grads //= world_size
+    if stage >= 1:
+        states //= world_size
+    return params + grads + states
+
+
+def _gigabytes(numel, world_size, stage):
+    return bytes_per_rank(numel, world_size, stage) / 1e9
 
 
 def _all_ranks(numel, world_size, stage):
@@ -279,12 +306,17 @@ ON_NUMBERS = {
                     "cuts one thing more."),
             Mistake(_without_master, "Adam in mixed precision keeps three values of 4 bytes for "
                     "each parameter: exp_avg, exp_avg_sq and the master copy."),
+            Mistake(_fp32, "That is training in fp32: 4 + 4 + 8. In mixed precision parameters and "
+                    "gradients have 2 bytes, and the optimizer keeps three values of 4."),
+            Mistake(_only_equal, "Stage 3 cuts the gradients, too: what stage 2 has cut stays "
+                    "cut."),
+            Mistake(_gigabytes, "Right, but in gigabytes. Asked for are bytes."),
             Mistake(_all_ranks, "That is the sum over all ranks. Asked for is one rank's."),
             Mistake(_params_before_grads, "The order of the stages: optimizer states first, then "
                     "gradients, then parameters."),
         ],
-        {f"stage {stage}": "Add up 2 + 2 + 12 bytes for each parameter, and divide what this stage "
-         "cuts by world_size." for stage in range(4)}),
+        {f"7.5 B on 64 ranks, stage {stage}": "Add up 2 + 2 + 12 bytes for each parameter, and divide what this stage "
+         "cuts by world_size." for stage in range(4)}, (1,)),
     "3.1": Exercise(
         "a function (numel, world_size, rank) → (begin, end)", _observe_bounds, small.shard_bounds,
         [
@@ -311,7 +343,7 @@ ON_NUMBERS = {
          "12 elements, world_size 4": "Without a remainder each rank has numel / world_size.",
          "10 elements, world_size 4": "Ten elements on four ranks: 3, 3, 3 and 1.",
          "5 elements, world_size 4": "Five elements on four ranks: 2, 2, 1 and none.",
-         "2 elements, world_size 4": "Two elements on four ranks: 1, 1, none and none."}, (4,)),
+         "2 elements, world_size 4": "Two elements on four ranks: 1, 1, none and none."}, (1,)),
     "3.2": Exercise(
         "a function (params, world_size) → the flat buffer", _observe_flatten, small.flatten, [
             Mistake(_concatenated, "The buffer is right, but the parameters still lie where they "

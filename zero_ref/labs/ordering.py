@@ -47,11 +47,11 @@ class Ordering:
 
 ORDERINGS = {
     "1.p1": Ordering(
-        "all-reduce by a ring, on one rank. Begin with what is sent first.",
+        "an all_reduce around a ring, on one rank.",
         {"A": "put what arrives into its place, and pass it on to the right, N - 1 times",
          "B": "send your whole buffer to every other rank",
          "C": "cut the buffer into N slices",
-         "D": "add what arrives to your own slice, and pass the sum on to the right, N - 1 times",
+         "D": "add what arrives to your own values of that slice, and pass the sum on, N - 1 times",
          "E": "divide by N what has arrived, in each round"},
         {"C": "What travels around the ring is a part of the buffer.",
          "D": "First somebody has to have the sum of a slice.",
