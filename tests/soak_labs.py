@@ -27,9 +27,10 @@ from zero_ref.labs.exercises import EXERCISES
 ENOUGH = 0.95
 TITLE = """# Do the exercises' checks reject wrong answers?
 
-`make soak` changes the solution of each exercise in one place at a time, and lets `check` judge the
-result. The changes that leave an answer right are listed below the table, with the reason. (The wrong
-answers that people give are another matter: `make test` looks at whether each gets its own hint.)"""
+`make soak` changes the solution of each exercise in one place at a time, and lets `check` judge
+the result. The changes that leave an answer right are listed below the table, with the reason. (The
+wrong answers that people give are another matter: `make test` looks at whether each gets its own
+hint.)"""
 # Of a class of which the learner writes only a part.
 METHODS = {"2.1": {"start"}, "2.2": {"reduce"}, "6.1": {"own", "gather", "free"}}
 # Changes after which an answer is still right, or wrong in a way in which nobody could see it:
@@ -164,7 +165,8 @@ def main():
         when = f"{date.today():%Y-%m-%d}, torch {torch.__version__}"
         reasons = [f"- {name}, `{line}`, {change}: {why}"
                    for (name, line, change), why in EQUIVALENT.items()]
-        args.table.write_text("\n".join([TITLE, "", f"Run on {when}.", "", *table, "", *reasons, ""]))
+        page = [TITLE, "", f"Run on {when}.", "", *table, "", *reasons, ""]
+        args.table.write_text("\n".join(page))
     sys.exit(share < ENOUGH)
 
 

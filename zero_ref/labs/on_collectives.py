@@ -308,8 +308,8 @@ def _without_its_own(flat, rank, world_size, exchange):
 _UNEXPECTED = ("What is sent in a round has to be received in the same round: recv={…} names the "
                "rank that it comes from.")
 _ROOM = "A message has one size on both sides. What travels here is one slice."
-_TO_THE_RIGHT = ("In this ring every rank sends to its right neighbour, (rank + 1) % world_size, and "
-                 "to nobody else.")
+_TO_THE_RIGHT = ("In this ring every rank sends to its right neighbour, (rank + 1) % world_size, "
+                 "and to nobody else.")
 _NOBODY_SENDS = ("In each round a message goes from a rank to its right neighbour, so what a rank "
                  "receives comes from its left one.")
 

@@ -315,8 +315,8 @@ ON_NUMBERS = {
             Mistake(_params_before_grads, "The order of the stages: optimizer states first, then "
                     "gradients, then parameters."),
         ],
-        {f"7.5 B on 64 ranks, stage {stage}": "Add up 2 + 2 + 12 bytes for each parameter, and divide what this stage "
-         "cuts by world_size." for stage in range(4)}, (1,)),
+        {f"7.5 B on 64 ranks, stage {stage}": "Add up 2 + 2 + 12 bytes for each parameter, and "
+         "divide what this stage cuts by world_size." for stage in range(4)}, (1,)),
     "3.1": Exercise(
         "a function (numel, world_size, rank) → (begin, end)", _observe_bounds, small.shard_bounds,
         [
