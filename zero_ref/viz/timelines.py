@@ -23,16 +23,16 @@ def timeline(recordings: Sequence[Recording]) -> Picture:
     """
     began = min(r.frames[0].time for r in recordings)
     ops = list(dict.fromkeys(event.op for r in recordings for event in r.events))
-    rows = len(recordings) * (1.6 + len(ops))
+    rows = len(recordings) * (1.9 + len(ops))
     figure = Figure(figsize=(9, 1.1 + 0.26 * rows), layout="constrained", dpi=150)
     ax = figure.subplots()
     lanes, names, y = [], [], 0.0
 
-    def bar(start, end, y, label="", **style):
+    def bar(start, end, y, label="", high=0.84, **style):
         left, width = (start - began) * 1e3, (end - start) * 1e3
-        ax.broken_barh([(left, width)], (y + 0.08, 0.84), **style)
+        ax.broken_barh([(left, width)], (y, high), **style)
         if label:
-            text = ax.text(left + width / 2, y + 0.5, label, ha="center", va="center", fontsize=7)
+            text = ax.text(left + width / 2, y + 0.42, label, ha="center", va="center", fontsize=7)
             names.append((text, left, left + width))
 
     # When the last rank issued each collective: all ranks issue the same ones in the same order.
@@ -40,7 +40,7 @@ def timeline(recordings: Sequence[Recording]) -> Picture:
               for together in zip(*(r.events for r in recordings))]
     for r in recordings:
         lanes.append((y + 0.5, f"rank {r.rank}  computes"))
-        lanes += [(y + 1.5 + i, op) for i, op in enumerate(ops)]
+        lanes += [(y + 1.7 + i, op) for i, op in enumerate(ops)]
         for span in r.spans:
             bar(span.start, span.end, y, span.unit, facecolor=_PHASES[span.phase],
                 edgecolor="white", linewidth=0.6)
@@ -48,19 +48,21 @@ def timeline(recordings: Sequence[Recording]) -> Picture:
         for event, last in zip(r.events, issued):
             if event.end is None:  # the step failed while it was in flight
                 continue
-            lane, starts = y + 1 + ops.index(event.op), max(event.start, free[event.op])
+            lane, starts = y + 1.3 + ops.index(event.op), max(event.start, free[event.op])
             sends = last if starts < last < event.end else starts
             free[event.op] = event.end
             bar(starts, sends, lane, color=LATE, linewidth=0)
             bar(sends, event.end, lane, event.unit, facecolor=COMMUNICATION, edgecolor="white",
                 linewidth=0.6)
             if event.awaited is not None and event.end > event.awaited:
-                bar(event.awaited, max(event.awaited, sends), y, color=LATE, linewidth=0)
-                bar(max(event.awaited, sends), event.end, y, color=COMMUNICATION, linewidth=0)
-                bar(event.awaited, event.end, y, facecolor="none", edgecolor=INK, linewidth=0.8)
-        y += 1.6 + len(ops)
+                below, sends = y + 0.84, max(event.awaited, sends)
+                bar(event.awaited, sends, below, high=0.3, color=LATE, linewidth=0)
+                bar(sends, event.end, below, high=0.3, color=COMMUNICATION, linewidth=0)
+                bar(event.awaited, event.end, below, high=0.3, facecolor="none", edgecolor=INK,
+                    linewidth=0.8)
+        y += 1.9 + len(ops)
     ax.set_yticks(*zip(*lanes), fontsize=9)
-    ax.set_ylim(y - 0.6, 0)
+    ax.set_ylim(y - 0.7, -0.1)
     ax.set_xlabel("milliseconds from the start of the step")
     ax.set_xlim(0)
     ax.tick_params(axis="y", length=0)
