@@ -141,7 +141,7 @@ def test_a_deadlock_is_ended_and_explained():
     assert time.monotonic() - started < 10 * judge.LIMIT
     assert "After some seconds, ranks 0, 1 and 3 are still at" in text
     assert "torch.distributed.all_reduce(torch.ones(1), group=group)" in text
-    assert "rank 2 had finished, and will not come to what the others wait for." in text
+    assert "Rank 2 had finished, and will not come to what the others wait for." in text
     assert check("7.1", EXERCISES["7.1"].solution)  # on new ranks
 
 

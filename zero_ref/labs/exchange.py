@@ -5,8 +5,6 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import comm
-
 
 class Exchange:
     """exchange(send={r: tensor, …}, recv={r: tensor, …}): one round. send[r] goes to rank r, and
@@ -40,8 +38,8 @@ class Exchange:
         def sizes(tensors):
             return {str(r): tensor.numel() for r, tensor in tensors.items()}
 
-        plans = comm.all_gather_object([sizes(send), sizes(recv)], dist.group.WORLD,
-                                       phase="exchange")
+        plans: list = [None] * dist.get_world_size()
+        dist.all_gather_object(plans, [sizes(send), sizes(recv)])
         for rank, (sends, waits) in enumerate(plans):
             if str(rank) in sends or str(rank) in waits:
                 raise RuntimeError(f"round {self.rounds + 1}: rank {rank} exchanges with itself; "

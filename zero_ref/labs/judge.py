@@ -1,12 +1,16 @@
 """`check("4.2", answer)`: what a learner's answer does on real ranks, and what it should do."""
 
 import functools
+import os
 import re
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import cloudpickle
 import torch
 import torch.distributed as dist
 
@@ -15,7 +19,10 @@ from ..ranks.errors import RankError, Stuck
 from ..ranks.launch import launch, within
 from .exercise import Exercise, Mistake, Observed, Todo
 
+_PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 LIMIT = 5  # seconds for an answer, beside a few times what the solution takes: milliseconds, mostly
+# Ranks of their own, since an answer that fails ends them, and with them what %%ranks cells keep.
+BACKEND = "cpu:gloo"
 
 
 @dataclass
@@ -55,6 +62,10 @@ def check(name: str, answer: Any) -> Verdict:
 
 
 def _check(name, answer):
+    if dist.is_initialized():
+        return Verdict(False, "check belongs into an ordinary cell: it starts ranks of its own, so "
+                              "it does not work on a rank (in a %%ranks cell, for instance).")
+    name = str(name).strip()
     from .exercises import EXERCISES
     from .ordering import ORDERINGS
     from .quiz import QUESTIONS
@@ -66,7 +77,7 @@ def _check(name, answer):
     if name in QUESTIONS:
         return _question(name, QUESTIONS[name], answer)
     names = [*EXERCISES, *ORDERINGS]
-    near = [n for n in (*names, *QUESTIONS) if n.split(".")[0] == str(name).split(".")[0]]
+    near = [n for n in (*names, *QUESTIONS) if n.split(".")[0] == name.split(".")[0]]
     return Verdict(False, f"There is no exercise {name!r}. There are "
                           f"{', '.join(sorted(near or names))}.")
 
@@ -111,15 +122,22 @@ def _on(*world_sizes):
 
 def outcome_of(exercise: Exercise, world_size: int, answer: Any, limit: float) -> Outcome:
     """What an answer does on that many ranks. limit: seconds."""
-    launch(_ready, world_size)  # starting ranks is not the answer's time
+    launch(_ready, world_size, backend=BACKEND)  # starting ranks is not the answer's time
     try:
-        return within(limit, _observed, world_size, exercise.observe, answer)
+        with _as_it_is_now(answer):
+            return within(limit, _observed, world_size, exercise.observe, answer, backend=BACKEND)
     except Stuck as error:
         return Failed(_who_waits(error), "stuck")
     except RankError as error:
-        lines = _learners_lines(str(error))
-        return Failed(f"Rank {error.rank} raised {error.kind}: {error.reason}{lines}",
-                      f"{error.kind}: {error.reason}")
+        reason = f"{error.kind}: {error.reason}"
+        said = f"raised {reason.removesuffix(': ')}"
+        if error.kind == "ProcessDied":
+            said = f"is gone: {error.reason}"
+            if "SIGSEGV" in reason or "SIGBUS" in reason:
+                said += ", because memory was used that had been freed"
+        # What the others were at comes after the first rank's traceback.
+        own = re.split(r"^rank \d+ (?:was|raised)", str(error), flags=re.MULTILINE)[1]
+        return Failed(f"Rank {error.rank} {said}.{_learners_lines(own)}", reason)
 
 
 @functools.cache
@@ -128,9 +146,9 @@ def _of_solution(name: str, world_size: int) -> tuple[list[Observed], float]:
     from .exercises import EXERCISES
 
     exercise = EXERCISES[name]
-    launch(_ready, world_size)
+    launch(_ready, world_size, backend=BACKEND)
     start = time.monotonic()
-    outcome = launch(_observed, world_size, exercise.observe, exercise.solution)
+    outcome = launch(_observed, world_size, exercise.observe, exercise.solution, backend=BACKEND)
     return outcome, time.monotonic() - start
 
 
@@ -142,6 +160,22 @@ def _of_mistake(name: str, index: int, world_size: int) -> Outcome:
     return outcome_of(exercise, world_size, exercise.mistakes[index].code, LIMIT)
 
 
+@contextmanager
+def _as_it_is_now(answer: Any) -> Iterator[None]:
+    """A learner's module travels by value: ranks keep the modules that they have imported, and would
+    not see what was changed in the file since."""
+    module = sys.modules.get(getattr(answer, "__module__", ""))
+    file = getattr(module, "__file__", None) or ""
+    own = bool(file) and "site-packages" not in file and not file.startswith(_PACKAGE)
+    if own:
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        if own:
+            cloudpickle.unregister_pickle_by_value(module)
+
+
 # ---- on the ranks --------------------------------------------------------------------------------
 
 
@@ -150,6 +184,10 @@ def _ready() -> None:
 
 
 def _observed(observe: Callable[[Any], Observed], answer: Any) -> Observed | Todo:
+    # An earlier answer may have changed these. New memory is NaN, and not by chance what it was.
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     # Ranks that are about to do different things say so, instead of waiting for each other.
     with checking.comparing(dist.group.WORLD, _checker()):
         try:
@@ -200,8 +238,12 @@ def _difference(what, expected, got):
             return f"  {what}: unexpected {', '.join(map(str, got.keys() - expected.keys()))}"
         inner = _difference(wrong[0], expected[wrong[0]], got.get(wrong[0])).strip()
         return f"  {what}: {len(wrong)} of {len(expected)} differ, the first is {inner}"
+    if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor):
+        if expected.shape != got.shape or expected.dtype != got.dtype:
+            return (f"  {what}: expected shape {tuple(expected.shape)} of {expected.dtype}, got "
+                    f"{tuple(got.shape)} of {got.dtype}")
     if isinstance(expected, torch.Tensor) and isinstance(got, torch.Tensor) and (
-            expected.shape == got.shape and expected.numel() > 12):
+            expected.numel() > 12):
         off = (expected.double() - got.double()).abs().max().item()
         return f"  {what}: differs by up to {off:.2g}"
     return f"  {what}: expected {_shown(expected)}, got {_shown(got)}"
@@ -230,8 +272,8 @@ def _who_waits(error: Stuck) -> str:
         return "\n".join([*lines, "This is a loop without an end, or a message that nobody sends."])
     if error.finished:
         there = [str(rank) for rank in error.finished]
-        lines.append(f"{_ranks(there).replace(' is', ' had').replace(' are', ' had')} finished, "
-                     "and will not come to what the others wait for.")
+        had = _ranks(there).replace(" is", " had").replace(" are", " had").capitalize()
+        lines.append(f"{had} finished, and will not come to what the others wait for.")
     lines.append("Every rank has to take part in each exchange and collective, in the same order.")
     return "\n".join(lines)
 

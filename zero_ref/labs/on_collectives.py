@@ -56,7 +56,7 @@ def _traffic(exchange: Exchange, world_size: int) -> Observed:
 def _result(value):
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return "nothing was returned" if value is None else value
+    return "nothing" if value is None else value
 
 
 def _observe_ring_reduce_scatter(answer) -> Observed:

@@ -31,7 +31,7 @@ def _observe_bytes(answer) -> Observed:
                        for stage in range(4)}
     found["1,000 parameters on one rank, stage 3"] = answer(1000, 1, 3)
     return {what: int(n) if isinstance(n, float) and n == int(n) else
-            "nothing was returned" if n is None else n for what, n in found.items()}
+            "nothing" if n is None else n for what, n in found.items()}
 
 
 def _everything_cut(numel, world_size, stage):
@@ -108,8 +108,9 @@ def _observe_bounds(answer) -> Observed:
     found: Observed = {"what is returned": pair}
     if pair == "two whole numbers":
         for numel, n in ((12, 4), (10, 4), (5, 4), (2, 4), (7, 1), (9, 3)):
-            found[f"{numel} elements, world_size {n}"] = [
-                tuple(map(operator.index, answer(numel, n, rank))) for rank in range(n)]
+            bounds = [tuple(map(operator.index, answer(numel, n, rank))) for rank in range(n)]
+            found[f"{numel} elements, world_size {n}"] = [  # an empty slice may lie anywhere
+                "empty" if 0 <= b == e <= numel else (b, e) for b, e in bounds]
     return found
 
 
@@ -170,7 +171,13 @@ def _observe_flatten(answer) -> Observed:
             "shapes of the parameters": [tuple(p.shape) for p in params],
             "the parameters lie in the buffer": all(inside),
             "the module follows the buffer": all(not p.any() for p in params),
-            "the buffer requires a gradient": flat.requires_grad}
+            "the buffer requires a gradient": flat.requires_grad,
+            "with other parameters and another world_size": _shape_and_dtype(
+                answer(list(nn.Linear(3, 2, dtype=torch.bfloat16).parameters()), 5))}
+
+
+def _shape_and_dtype(flat):
+    return f"{tuple(flat.shape)} of {flat.dtype}" if isinstance(flat, torch.Tensor) else "nothing"
 
 
 def _concatenated(params, world_size):
@@ -254,9 +261,17 @@ def _observe_norm(answer) -> Observed:
     norm = answer(grads, dist.group.WORLD)
     empty = answer([torch.full((1,), 3.0)] if rank == 0 else [], dist.group.WORLD)
     before = [torch.full((3,), rank + 1.0), torch.ones(rank), torch.empty(0)]
-    return {f"the norm on {world_size} ranks": float(norm),
-            "the norm where only rank 0 has a gradient": float(empty),
+    return {f"the norm on {world_size} ranks": _rounded(norm),
+            "the norm where only rank 0 has a gradient": _rounded(empty),
             "the gradients are as they were": all(map(torch.equal, grads, before))}
+
+
+def _rounded(norm):
+    if norm is None:
+        return "nothing"
+    if isinstance(norm, torch.Tensor) and norm.numel() != 1:
+        return f"a tensor of shape {tuple(norm.shape)}"
+    return round(float(norm), 4)
 
 
 def _local(grads, group):
@@ -321,7 +336,7 @@ ON_NUMBERS = {
         "a function (numel, world_size, rank) → (begin, end)", _observe_bounds, small.shard_bounds,
         [
             Mistake(_rounded_down, "Rounded down, the last elements belong to nobody, and would "
-                    "never be updated. Round up: -(-a // b)."),
+                    "never be updated. Round up."),
             Mistake(_last_takes_the_rest, "All elements have an owner, but the last rank has more "
                     "than the others. Here all have ceil(numel / world_size), and the last ones "
                     "what is left."),
@@ -347,7 +362,7 @@ ON_NUMBERS = {
     "3.2": Exercise(
         "a function (params, world_size) → the flat buffer", _observe_flatten, small.flatten, [
             Mistake(_concatenated, "The buffer is right, but the parameters still lie where they "
-                    "were. Point each at its place: p.data = flat[…].view(p.shape)."),
+                    "were. Each has to become a view of its place in the buffer."),
             Mistake(_not_padded, "The buffer cannot be cut into equal slices. " + _PADDED,
                     None),
             Mistake(_one_whole_slice_of_padding, _PADDED),
@@ -363,7 +378,10 @@ ON_NUMBERS = {
         {"what is returned": "Return the buffer.", "shape of the buffer": _PADDED,
          "its first elements": "The buffer begins with the parameters' values, one after another.",
          "the padding": "The padding at the end is zeros.",
-         "the parameters lie in the buffer": "p.data = a view of the buffer.",
+         "the parameters lie in the buffer": "Each parameter has to be a view of its place in the "
+         "buffer.",
+         "with other parameters and another world_size": "Use the parameters' own dtype, and the "
+         "world_size that is given.",
          "the buffer requires a gradient": "Copy p.data, not p: the buffer has no gradient."}),
     "7.1": Exercise(
         "a function (grads, group) → the norm", _observe_norm, global_norm, [
@@ -376,8 +394,8 @@ ON_NUMBERS = {
                     "element is on exactly one rank."),
             Mistake(_norm_per_parameter, "Within a rank, too, the squares are added up, not the "
                     "norms of the parameters."),
-            Mistake(_skips_when_empty, "A rank that owns nothing takes part in the all_reduce all "
-                    "the same. The others wait for it.", "stuck"),
+            Mistake(_skips_when_empty, "Every rank takes part in the all_reduce, also one that "
+                    "owns nothing at all.", "stuck"),
         ],
         {"the gradients are as they were": "The gradients themselves must not be changed."}),
 }

@@ -1,5 +1,6 @@
 """Exercises on the stages: classes like those of small.py, which are trained on real ranks."""
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,8 @@ def _sent(events: list[Event]) -> Observed:
     return {"collectives that were not waited for": len(waits),
             "something was sent through zero_ref.comm": bool(events),
             "bytes sent": sum(event.wire_bytes for event in events),
-            "collectives": dict(Counter(event.op for event in events))}
+            "collectives": ", ".join(f"{count} {op}" for op, count in sorted(
+                Counter(event.op for event in events).items())) or "none"}
 
 
 def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict) -> Observed:
@@ -75,8 +77,23 @@ def _like(grad):
     return None if grad is None else grad.detach().clone()
 
 
-def _observe_stage(answer) -> Observed:
-    return _train(answer(course.build(seed=dist.get_rank())))
+def _observe_stage_1(answer) -> Observed:
+    found = _train(answer(course.build(seed=dist.get_rank())))
+    del found["bytes of gradients"]  # who holds less of them is ahead of its time
+    return found
+
+
+def _observe_stage_2(answer) -> Observed:
+    full = []
+
+    def reduce(self, unit, grad):
+        full.append(weakref.ref(grad))
+        answer.reduce(self, unit, grad)
+
+    model = _with(answer, reduce=reduce)(course.build(seed=dist.get_rank()))
+    return _train(model, after_backward=lambda: {
+        "full gradients that are still there after backward": sum(
+            grad() is not None for grad in full)})
 
 
 def _observe_sharded(answer) -> Observed:
@@ -154,6 +171,11 @@ class _AverageAtStart(small.Stage0):
 class _ShardFromEach(small.Stage0):
     def start(self, unit):
         comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase="init").wait()
+
+
+class _NamesTheUnit(small.Stage0):
+    def start(self, unit):
+        comm.broadcast(unit.flat, self.group, unit=unit, phase="init").wait()
 
 
 class _OnlyRank0Broadcasts(small.Stage0):
@@ -324,6 +346,12 @@ class _StillAView(small.Stage2):
         unit.owned.grad = mine
 
 
+class _KeepsTheFullOne(small.Stage2):
+    def reduce(self, unit, grad):
+        super().reduce(unit, grad)
+        unit.full_grad = grad
+
+
 class _Stage2Sum(small.Stage2):
     def reduce(self, unit, grad):
         mine = torch.empty_like(unit.shard)
@@ -361,6 +389,11 @@ class _PointsElsewhere(small.Sharded):
 class _FreesNothing(small.Sharded):
     def free(self, unit):
         unit.flat.zero_()
+
+
+class _NoMemory(small.Sharded):
+    def gather(self, unit, phase):
+        comm.all_gather(unit.flat, unit.shard, self.group, unit=unit.name, phase=phase).wait()
 
 
 class _TooLittleMemory(small.Sharded):
@@ -430,8 +463,10 @@ ON_STAGES = {
                     "random ones, which nobody has chosen. Everyone is to get rank 0's."),
             Mistake(_ShardFromEach, "All ranks begin with the same weights, but each slice is "
                     "another rank's. Everyone is to get rank 0's: broadcast."),
-            Mistake(_OnlyRank0Broadcasts, "A broadcast is a collective: all ranks call it, and "
-                    "those that receive, too.", "stuck|is missing|diverge"),
+            Mistake(_NamesTheUnit, "unit= takes a name, unit.name, and not the unit itself.",
+                    "object at 0x"),
+            Mistake(_OnlyRank0Broadcasts, "A broadcast is a collective: all ranks call it, those "
+                    "that receive as well.", "stuck|is missing|diverge"),
             Mistake(_BroadcastsACopy, "What arrives is thrown away: the collective has to write "
                     "into unit.flat itself, of which the module's parameters are views."),
         ],
@@ -462,7 +497,7 @@ ON_STAGES = {
                     "At stage 0 everyone needs all of it: all_reduce."),
         ], _GRADS),
     "4.1": Exercise(
-        "a class like small.Stage0, with own, reduce and after_step", _observe_stage,
+        "a class like small.Stage0, with own, reduce and after_step", _observe_stage_1,
         AllReduceStage1, [
             Mistake(_OwnsEverything, "The optimizer still owns the whole unit, and keeps states "
                     "for all of it. Let `own` return this rank's shard."),
@@ -478,7 +513,7 @@ ON_STAGES = {
                     "gradient has to be the same slice of `grad`.", "different size|shape|assign"),
         ], _STEP),
     "4.2": Exercise(
-        "a class like small.Stage1", _observe_stage, small.Stage1, [
+        "a class like small.Stage1", _observe_stage_1, small.Stage1, [
             Mistake(AllReduceStage1, "That works, and sends 1.5 times what is needed: with "
                     "all_reduce everyone gets the whole mean, of which it uses a slice."),
             Mistake(_ReduceScatterOfSums, "That is the sum of the gradients. Divide by the number "
@@ -493,9 +528,11 @@ ON_STAGES = {
                     "stuck|is missing|diverge"),
         ], _STEP),
     "5.1": Exercise(
-        "a class like small.Stage2, with a method reduce", _observe_stage, small.Stage2, [
+        "a class like small.Stage2, with a method reduce", _observe_stage_2, small.Stage2, [
             Mistake(_StillAView, "The slice is a view of the full buffer, and keeps all of it "
                     "alive: by memory that is stage 1. Let the sum arrive in memory of its own."),
+            Mistake(_KeepsTheFullOne, "Somebody still refers to the full gradient, so its memory "
+                    "stays."),
             Mistake(_Stage2Sum, "That is the sum of the gradients. Divide by the number of ranks: "
                     "divide_by=…"),
             Mistake(_EmptiesTheGradient, "The result has gone together with the buffer in which it "
@@ -509,14 +546,17 @@ ON_STAGES = {
                     "empties the shard, which nobody else has. Clone it."),
             Mistake(_PointsElsewhere, "You point the parameters elsewhere, but the flat buffer is "
                     "still there, and so is what autograd has saved of it. Empty its storage."),
-            Mistake(_FreesNothing, "Zeros take as much memory as other numbers. Empty the storage: "
-                    "untyped_storage().resize_(0)."),
+            Mistake(_FreesNothing, "Zeros take as much memory as other numbers. It is the storage "
+                    "that has to become empty."),
+            Mistake(_NoMemory, "The storage is empty when the gather writes into it: first give it "
+                    "its memory back.", r"storage of size 0\b"),
             Mistake(_TooLittleMemory, "resize_ counts bytes, not elements: an element of fp32 has "
                     "4.", "out of bounds|storage"),
             Mistake(_NothingSent, "The memory is there, but nobody has sent anything."),
         ],
         {**_WAIT, "the flat buffer after gather": "All slices, each from its owner's shard.",
-         "bytes of the flat buffer after free": "untyped_storage().resize_(0)"}),
+         "bytes of the flat buffer after free": "The storage of the flat buffer has to become "
+         "empty; the buffer itself stays."}),
     "6.2": Exercise(
         "a class like small.Stage3, with its four hooks", _observe_hooks, small.Stage3, [
             Mistake(_KeptAfterForward, "The units stay there from forward to backward, so at the "
@@ -529,10 +569,11 @@ ON_STAGES = {
                     "its gradients have been reduced."),
             Mistake(_GathersAfterTheStep, "After the step there is nothing to send: every unit is "
                     "gathered in the next forward anyway."),
-            Mistake(_NotGatheredForBackward, "Backward needs the parameters, and their memory is "
-                    "gone. Gather the unit when its output's gradient arrives.",
+            Mistake(_NotGatheredForBackward, "A unit computes while its parameters are not there. "
+                    "Forward needs them, and backward needs them again, on every rank.",
                     "storage|out of bounds|SIGSEGV|SIGBUS"),
         ],
-        {**_STEP, "most full units at one time": "Without prefetching one unit is enough: the one "
+        {**_STEP, "bytes of optimizer states": "The optimizer gets no gradient, or another one: "
+         "what stage 2 does in reduce has to be done, too.", "most full units at one time": "Without prefetching one unit is enough: the one "
          "that computes."}),
 }

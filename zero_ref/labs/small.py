@@ -42,7 +42,9 @@ class Frame(nn.Module):
             raise ValueError("every parameter has to be in exactly one child of the module")
         for unit in self.units:
             self.start(unit)
-            unit.owned = nn.Parameter(self.own(unit))
+            if (owned := self.own(unit)) is None:
+                raise TypeError("own(unit) returns nothing; it returns what the optimizer updates")
+            unit.owned = nn.Parameter(owned)
             for p in unit.params:
                 p.register_post_accumulate_grad_hook(lambda p, unit=unit: self.on_grad(unit))
         this = weakref.ref(self)  # the hook is torch's, and stays
