@@ -280,6 +280,7 @@ def most_bytes(device: torch.device, step: Callable[[], Any]) -> int:
         step()
         return torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler talks on stderr
+    gc.collect()  # what is garbage now would be freed inside
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         step()
     now = most = 0

@@ -162,8 +162,8 @@ def _of_mistake(name: str, index: int, world_size: int) -> Outcome:
 
 @contextmanager
 def _as_it_is_now(answer: Any) -> Iterator[None]:
-    """A learner's module travels by value: ranks keep the modules that they have imported, and would
-    not see what was changed in the file since."""
+    """A learner's module travels by value: ranks keep the modules that they have imported, and
+    would not see what was changed in the file since."""
     module = sys.modules.get(getattr(answer, "__module__", ""))
     file = getattr(module, "__file__", None) or ""
     own = bool(file) and "site-packages" not in file and not file.startswith(_PACKAGE)
