@@ -574,8 +574,8 @@ ON_STAGES = {
                     "storage|out of bounds|SIGSEGV|SIGBUS"),
         ],
         {**_STEP,
-         "bytes of optimizer states": "The optimizer gets no gradient, or another one: what stage 2 "
-         "does in reduce has to be done, too.",
+         "bytes of optimizer states": "The optimizer gets no gradient, or another one: what stage "
+         "2 does in reduce has to be done, too.",
          "most full units at one time": "Without prefetching one unit is enough: the one that "
          "computes."}),
 }
