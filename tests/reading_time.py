@@ -1,12 +1,14 @@
-"""How many minutes a notebook takes a reader: what the README's table says.
+"""How many minutes a notebook takes a learner: what the README's table and its first cell say.
 
     python tests/reading_time.py
 
-A minute for 150 words of prose, for 15 lines of code, its own or the package's that it shows, and
-for a picture.
+An estimate: a minute for 200 words of prose and for 25 lines of code, its own or the package's that
+it shows; 45 seconds for a picture; four minutes for an exercise in code, two for lines to be put
+into order, and two for the questions.
 """
 
 import json
+import re
 from pathlib import Path
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -14,16 +16,20 @@ NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 def minutes(path: Path) -> float:
     words = lines = pictures = 0
+    code = ""
     for cell in json.loads(path.read_text())["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
             words += len(source.split())
             continue
+        code += source
         lines += _lines(source)
         for data in (output.get("data", {}) for output in cell["outputs"]):
             pictures += "image/png" in data
             lines += _lines("".join(data.get("text/markdown", "")))  # what course.show has shown
-    return words / 150 + lines / 15 + pictures
+    exercises = len(re.findall(r'check\("\d+\.\d', code))
+    orderings = len(re.findall(r'check\("\d+\.p', code))
+    return words / 200 + lines / 25 + 0.75 * pictures + 4 * exercises + 2 * orderings + 2
 
 
 def rounded(path: Path) -> int:
