@@ -30,7 +30,7 @@ TITLE = """# Do the exercises' checks reject wrong answers?
 `make soak` changes the solution of each exercise in one place at a time, and lets `check` judge
 the result. The changes that leave an answer right are listed below the table, with the reason. (The
 wrong answers that people give are another matter: `make test` looks at whether each gets its own
-hint.)"""
+hint, see [what the tests check](tests.md).)"""
 # Of a class of which the learner writes only a part.
 METHODS = {"2.1": {"start"}, "2.2": {"reduce"}, "6.1": {"own", "gather", "free"}}
 # Changes after which an answer is still right, or wrong in a way in which nobody could see it:
