@@ -51,7 +51,7 @@ def main() -> None:
         except ValueError as error:
             parser.error(str(error))
     new = copy_course(args.course, args.folder)
-    print(f"{len(new)} notebooks copied to {args.folder}." if new else
+    print(f"Copied to {args.folder}: {len(new)}." if new else
           f"Your copy of the course is in {args.folder}.")
 
 
