@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 import zero_ref
 from zero_ref import course, memory
-from zero_ref.labs import check, judge, keep, lines, small, todo
+from zero_ref.labs import check, judge, keep, lines, questions, small, todo
 from zero_ref.labs.exercises import EXERCISES
 from zero_ref.labs.ordering import ORDERINGS
 from zero_ref.labs.quiz import QUESTIONS
@@ -128,6 +128,26 @@ def test_a_wrong_signature_is_an_error_like_others():
 def test_what_cannot_travel_to_the_ranks_is_said():
     lock = multiprocessing.Lock()
     assert "could not be judged. ValueError" in check("3.1", lambda *args: lock).text
+
+
+def test_what_is_shown_fits_into_a_notebook(capsys):
+    def fails(numel, world_size, rank):
+        raise ValueError("the bounds of these elements are not known to me: " + "why? " * 20)
+
+    shown = repr(check("3.1", fails)).splitlines()
+    code = [line for line in shown if "test_labs.py, line" in line]
+    assert len(code) == 1 and code[0].endswith('"why? " * 20)')  # as it is, however long
+    for name in QUESTIONS:
+        shown += repr(check(name, "a")).splitlines()
+    shown += repr(check("3.1", lambda *args: (1, 2))).splitlines()
+    for name in ORDERINGS:
+        lines(name)
+    for number in range(11):
+        questions(str(number))
+    course.verdict("bytes", 3, 4, {3: "that is the sum over all ranks, of which one is yours " * 3})
+    shown += capsys.readouterr().out.splitlines()
+    assert len(shown) > 300
+    assert all(len(line) <= 80 for line in shown if line not in code)
 
 
 def test_a_deadlock_is_ended_and_explained():
@@ -248,7 +268,7 @@ def test_an_ordering_is_right_or_told_why_not(name, capsys):
     assert "takes letters" in check(name, 3).text
     assert right != "".join(sorted(right))  # they are shown in another order
     lines(name)
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert all(line in shown for line in ordering.lines.values())
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from .tasks import data
 
 _SCREENFUL = 60  # lines
+_WIDTH = 80  # of prose: JupyterLab would break a longer line within a word
 
 
 def build(seed: int = 0) -> nn.Sequential:
@@ -43,6 +44,13 @@ def show(*objects: Callable) -> None:
         display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
 
+def wrapped(text: str, label: str = "", indent: str = "") -> str:
+    """Prose in lines that fit into a notebook. label: what it begins with. indent: what the lines
+    after the first begin with."""
+    return textwrap.fill(text, _WIDTH, initial_indent=label, subsequent_indent=indent,
+                         break_long_words=False, break_on_hyphens=False)
+
+
 def verdict(what: str, predicted: Any, measured: Any,
             mistakes: Mapping[Any, str] | None = None) -> None:
     """Hold the learner's prediction against what was measured, which is not shown before.
@@ -50,7 +58,7 @@ def verdict(what: str, predicted: Any, measured: Any,
     mistakes: what to say about wrong predictions that people make, {value: remark}.
     """
     if predicted is None:
-        print(f"{what}: type your prediction in above, then run both cells.")
+        print(wrapped(f"{what}: type your prediction in above, then run both cells."))
         return
     if isinstance(predicted, str) and not isinstance(measured, str):
         print(f"{what}: type a number in, without quotes.")
@@ -61,7 +69,8 @@ def verdict(what: str, predicted: Any, measured: Any,
     else:
         how = next((remark for value, remark in (mistakes or {}).items()
                     if _equal(predicted, value)), how)
-    print(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)}: {how}")
+    print(wrapped(f"{what}: you predicted {_number(predicted)}, measured {_number(measured)}: "
+                  f"{how}", indent="  "))
 
 
 def same_bits(reference: Mapping[str, torch.Tensor], *others: Mapping[str, torch.Tensor]) -> bool:

@@ -14,6 +14,7 @@ import cloudpickle
 import torch
 import torch.distributed as dist
 
+from ..course import wrapped
 from ..engine import check as checking
 from ..ranks.errors import RankError, Stuck
 from ..ranks.launch import launch, within
@@ -27,7 +28,7 @@ BACKEND = "cpu:gloo"
 
 @dataclass
 class Verdict:
-    """What `check` answers. It shows its text."""
+    """What `check` answers. It shows its text, with the prose wrapped and the code as it is."""
 
     passed: bool
     text: str
@@ -36,7 +37,7 @@ class Verdict:
         return self.passed
 
     def __repr__(self) -> str:
-        return self.text
+        return "\n".join(map(_as_shown, self.text.split("\n")))
 
 
 @dataclass
@@ -229,6 +230,16 @@ def _hint_for_error(exercise: Exercise, failed: Failed) -> list[str]:
     known: list[Mistake] = [m for m in exercise.mistakes
                             if m.raises is not None and re.search(m.raises, failed.reason)]
     return [f"Hint: {known[0].hint}"] if known else []
+
+
+def _as_shown(line):
+    if re.match(r"    |  .*, line \d+", line):  # code, and where it is
+        return line
+    if not line.startswith("  ") or line == wrapped(line):
+        return wrapped(line)
+    expected, got, value = line.strip().partition(", got ")  # a difference, see below
+    parts = [wrapped(expected + "," * bool(got), "  ", "    ")]
+    return "\n".join([*parts, *[wrapped("got " + value, "    ", "    ")] * bool(got)])
 
 
 def _difference(what, expected, got):
