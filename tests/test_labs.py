@@ -298,8 +298,9 @@ def test_a_file_of_one_s_own_grows_piece_by_piece(tmp_path, capsys, monkeypatch)
         compile((tmp_path / "my_zero.py").read_text(), "my_zero.py", "exec")
     assert "Still the package's: Stage0, Stage3." in capsys.readouterr().out
     keep(Unsolved)
-    keep(small.Unit)
     assert "Unsolved is not a piece" in capsys.readouterr().out
+    keep(small.Unit)
+    assert "Unit is not a piece" in capsys.readouterr().out
     for piece in (small.Stage0, small.Stage3, small.Stage1):
         keep(piece)
     assert "All of it is yours." in capsys.readouterr().out
@@ -310,6 +311,24 @@ def test_a_file_of_one_s_own_grows_piece_by_piece(tmp_path, capsys, monkeypatch)
     exec(compile(text, "my_zero.py", "exec"), namespace)
     assert check("4.2", small.Stage1)
     assert namespace["wrap"] and namespace["Stage3"].__mro__[2].__name__ == "Stage2"
+
+
+def test_what_is_not_right_is_not_kept(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def shard_bounds(numel, world_size, rank):
+        return 0, numel
+
+    class Stage0(small.Stage0):  # right as far as exercise 2.1 goes
+        def reduce(self, unit, grad):
+            unit.owned.grad = grad
+
+    for piece, exercise in ((shard_bounds, "3.1"), (Stage0, "2.2")):
+        keep(piece)
+        assert " ".join(capsys.readouterr().out.split()) == (
+            f'{piece.__name__} is not kept: check("{exercise}", {piece.__name__}) says that it is '
+            "not right yet.")
+    assert not (tmp_path / "my_zero.py").exists()
 
 
 def test_an_unfinished_piece_is_not_kept(tmp_path, capsys, monkeypatch):

@@ -8,9 +8,13 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+from ..course import wrapped
 from . import small
+from .judge import check
 
-PIECES = ("flatten", "shard_bounds", "Stage0", "Stage1", "Stage2", "Sharded", "Stage3")
+# In the order of the file, with the exercises that they are the answers to.
+PIECES = {"flatten": ["3.2"], "shard_bounds": ["3.1"], "Stage0": ["2.1", "2.2"], "Stage1": ["4.2"],
+          "Stage2": ["5.1"], "Sharded": ["6.1"], "Stage3": ["6.2"]}
 _HEAD = '''"""My ZeRO."""
 
 import weakref
@@ -25,23 +29,29 @@ from zero_ref import comm
 
 
 def keep(piece: Any, file: str | Path = "my_zero.py") -> None:
-    """Write a function or class that you have written into my_zero.py, in place of an earlier one
-    of that name. What is not there yet is imported from the package, so that the file works."""
+    """Write a function or class that is right into my_zero.py, in place of an earlier one of that
+    name: it is checked before. What is not there yet is imported from the package, so that the file
+    works."""
+    print(wrapped(_keep(piece, file)))
+
+
+def _keep(piece, file):
     name = getattr(piece, "__name__", str(piece))
     if name not in PIECES:
-        print(f"{name} is not a piece of my_zero.py. Its pieces are {', '.join(PIECES)}.")
-        return
+        return f"{name} is not a piece of my_zero.py. Its pieces are {', '.join(PIECES)}."
     source = _source(piece)
     if re.search(r"\btodo\(", source):
-        print(f"{name} is not kept: there is still a todo(…) in it.")
-        return
+        return f"{name} is not kept: there is still a todo(…) in it."
+    for exercise in PIECES[name]:
+        if not check(exercise, piece):
+            return f'{name} is not kept: check("{exercise}", {name}) says that it is not right yet.'
     path = Path(file)
     kept = pieces_in(path.read_text()) if path.exists() else {}
     kept[name] = source
     path.write_text(_file(kept))
     missing = [piece for piece in PIECES if piece not in kept]
-    rest = f" Still the package's: {', '.join(missing)}." if missing else " All of it is yours."
-    print(f"{name} is in {path}.{rest}")
+    rest = f"Still the package's: {', '.join(missing)}." if missing else "All of it is yours."
+    return f"{name} is in {path}. {rest}"
 
 
 def _source(piece):
