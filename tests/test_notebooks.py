@@ -73,6 +73,12 @@ def test_predictions_are_the_learners(notebook):
         assert len(re.findall(rf"\b{name}\b", code)) > 1, f"{name} is never compared"
 
 
+def test_predictions_can_be_compared_at_any_time(notebook):
+    """Also after later cells have replaced the ranks: then there is nothing to fetch any more."""
+    for cell in cells(notebook, "code"):
+        assert "verdict(" not in cell["source"] or "fetch(" not in cell["source"], cell["source"]
+
+
 def test_pictures_have_words_and_widgets_a_still(notebook):
     for cell in cells(notebook, "code"):
         for output in cell["outputs"]:
