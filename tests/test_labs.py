@@ -116,7 +116,7 @@ def test_an_error_of_the_answer_is_shown_with_its_line():
         return numel / (world_size - world_size), 0
 
     verdict = check("3.1", divides)
-    assert "raised ZeroDivisionError: division by zero" in verdict.text
+    assert "Your answer raised ZeroDivisionError: division by zero." in verdict.text
     assert "test_labs.py, line" in verdict.text
     assert "return numel / (world_size - world_size), 0" in verdict.text
 
@@ -165,13 +165,25 @@ def test_a_deadlock_is_ended_and_explained():
     assert check("7.1", EXERCISES["7.1"].solution)  # on new ranks
 
 
+def test_of_what_an_answer_prints_the_beginning_is_shown(capfd):
+    def loud(numel, world_size, rank):
+        for i in range(30_000):
+            print("element", i)
+        return small.shard_bounds(numel, world_size, rank)
+
+    assert check("3.1", loud)
+    shown = capfd.readouterr().out.splitlines()
+    assert shown[0] == "[rank 0] element 0"
+    assert shown[judge.PRINTED:] == ["[rank 0] (check shows no more than 100 lines of a rank)"]
+
+
 def test_a_loop_without_end_is_ended():
     def forever(numel, world_size, rank):
         while True:
             pass
 
     text = check("3.1", forever).text
-    assert "After some seconds, rank 0 is still at" in text
+    assert "After some seconds, your answer is still at" in text
     assert text.endswith("a loop without an end, or a message that nobody sends.")
 
 
@@ -215,6 +227,10 @@ def test_whole_numbers_are_wanted_for_bounds():
 
     assert "Return two whole numbers" in check("3.1", fractions).text
     assert "Return two whole numbers" in check("3.1", lambda *args: slice(0, 3)).text
+
+
+def test_which_unit_differs_is_said():
+    assert 'the first is unit "1": differs' in check("2.2", EXERCISES["2.2"].mistakes[0].code).text
 
 
 def test_ranks_that_are_about_to_do_different_things_say_so():

@@ -22,12 +22,15 @@ def todo(what: str = "") -> Any:
 class Mistake:
     """A wrong answer that people give, and what to say about it.
 
-    code: the answer. raises: if it fails, a regular expression for its error's text.
+    code: the answer. raises: if it fails, a regular expression for its error's text; for one that
+    is stuck that is "stuck: " and where each rank was. by: which observations tell it from other
+    answers, if not all of them have to be the same.
     """
 
     code: Any
     hint: str
     raises: str | None = None
+    by: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

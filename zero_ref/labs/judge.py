@@ -1,14 +1,15 @@
 """`check("4.2", answer)`: what a learner's answer does on real ranks, and what it should do."""
 
 import functools
+import io
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 import cloudpickle
 import torch
@@ -24,6 +25,7 @@ _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 LIMIT = 5  # seconds for an answer, beside a few times what the solution takes: milliseconds, mostly
 # Ranks of their own, since an answer that fails ends them, and with them what %%ranks cells keep.
 BACKEND = "cpu:gloo"
+PRINTED = 100  # lines of a rank that are shown: more take longer than the answer does
 
 
 @dataclass
@@ -128,7 +130,7 @@ def outcome_of(exercise: Exercise, world_size: int, answer: Any, limit: float) -
         with _as_it_is_now(answer):
             return within(limit, _observed, world_size, exercise.observe, answer, backend=BACKEND)
     except Stuck as error:
-        return Failed(_who_waits(error), "stuck")
+        return Failed(_who_waits(error, world_size), "\n".join(["stuck:", *error.where]))
     except RankError as error:
         reason = f"{error.kind}: {error.reason}"
         said = f"raised {reason.removesuffix(': ')}"
@@ -138,7 +140,8 @@ def outcome_of(exercise: Exercise, world_size: int, answer: Any, limit: float) -
                 said += ", because memory was used that had been freed"
         # What the others were at comes after the first rank's traceback.
         own = re.split(r"^rank \d+ (?:was|raised)", str(error), flags=re.MULTILINE)[1]
-        return Failed(f"Rank {error.rank} {said}.{_learners_lines(own)}", reason)
+        who = f"Rank {error.rank}" if world_size > 1 else "Your answer"
+        return Failed(f"{who} {said.rstrip('.')}.{_learners_lines(own)}", reason)
 
 
 @functools.cache
@@ -190,7 +193,8 @@ def _observed(observe: Callable[[Any], Observed], answer: Any) -> Observed | Tod
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Ranks that are about to do different things say so, instead of waiting for each other.
-    with checking.comparing(dist.group.WORLD, _checker()):
+    with (checking.comparing(dist.group.WORLD, _checker()),
+          redirect_stdout(_Beginning(sys.stdout, PRINTED))):
         try:
             return observe(answer)
         except Todo as hole:
@@ -200,6 +204,22 @@ def _observed(observe: Callable[[Any], Observed], answer: Any) -> Observed | Tod
 @functools.cache
 def _checker() -> checking.Checker:
     return checking.Checker(dist.group.WORLD)
+
+
+class _Beginning(io.TextIOBase):
+    """Shows the first lines of what is printed, and says that more are not shown."""
+
+    def __init__(self, out: TextIO, lines: int):
+        self.out, self.lines = out, lines
+
+    def write(self, text: str) -> int:
+        if self.lines > 0:
+            lines = text.splitlines(keepends=True)[: self.lines]
+            self.out.write("".join(lines))
+            self.lines -= text.count("\n")
+            if self.lines <= 0:
+                self.out.write(f"(check shows no more than {PRINTED} lines of a rank)\n")
+        return len(text)
 
 
 # ---- what differs, and why -----------------------------------------------------------------------
@@ -219,16 +239,24 @@ def _hint(name, exercise, world_size, outcome, first):
         if mistake.raises is not None:
             continue
         known = _of_mistake(name, index, world_size)
-        if not isinstance(known, Failed) and all(map(same, known, outcome)):
+        if not isinstance(known, Failed) and all(
+                _alike(a, b, mistake.by) for a, b in zip(known, outcome)):
             return [f"Hint: {mistake.hint}"]
     return [f"Hint: {exercise.hints[first]}"] if first in exercise.hints else []
 
 
+def _alike(a: Observed | Todo, b: Observed | Todo, by: Sequence[str]) -> bool:
+    assert not isinstance(a, Todo) and not isinstance(b, Todo)
+    return all(same(a.get(what), b.get(what)) for what in by or a.keys() | b.keys())
+
+
 def _hint_for_error(exercise: Exercise, failed: Failed) -> list[str]:
-    if failed.reason == "stuck" and "a loop without" in failed.text:
+    stuck = failed.reason.startswith("stuck")
+    if stuck and "a loop without" in failed.text:
         return []
-    known: list[Mistake] = [m for m in exercise.mistakes
-                            if m.raises is not None and re.search(m.raises, failed.reason)]
+    known: list[Mistake] = [m for m in exercise.mistakes if m.raises is not None
+                            and ("stuck" in m.raises or not stuck)  # not by its lines of code
+                            and re.search(m.raises, failed.reason, re.DOTALL)]
     return [f"Hint: {known[0].hint}"] if known else []
 
 
@@ -272,13 +300,13 @@ def _shown(value):
     return f"{value:,}"
 
 
-def _who_waits(error: Stuck) -> str:
+def _who_waits(error: Stuck, world_size: int) -> str:
     places: dict[str, list[str]] = {}
     for text in error.where:
         rank, _, place = text.partition("\n")
         places.setdefault(_learners_lines(place) or "\n" + place, []).append(rank.split()[1])
-    lines = [f"After some seconds, {_ranks(ranks)} still at{place}"
-             for place, ranks in places.items()]
+    lines = [f"After some seconds, {_ranks(ranks) if world_size > 1 else 'your answer is'} still "
+             f"at{place}" for place, ranks in places.items()]
     if len(places) == 1 and not error.finished:
         return "\n".join([*lines, "This is a loop without an end, or a message that nobody sends."])
     if error.finished:

@@ -70,7 +70,7 @@ def _observe_average(answer) -> Observed:
     with trace() as sent:
         _backward(model, 0)
     return {**_sent(sent.events),
-            "gradients": {unit.name: _like(unit.owned.grad) for unit in model.units}}
+            "gradients": {f'unit "{unit.name}"': _like(unit.owned.grad) for unit in model.units}}
 
 
 def _like(grad):
