@@ -294,6 +294,33 @@ def _own_slice_to_all(flat, rank, world_size, exchange):
     return total
 
 
+def _in_float64(flat, rank, world_size, exchange):
+    slices = flat.double().chunk(world_size)
+    others = [r for r in range(world_size) if r != rank]
+    parts = {r: torch.empty_like(flat.chunk(world_size)[0]) for r in others}
+    exchange(send={r: flat.chunk(world_size)[r] for r in others}, recv=parts)
+    return sum(slices[r] if r == rank else parts[r].double() for r in range(world_size))
+
+
+def _rounded_from_float64(flat, rank, world_size, exchange):
+    return _in_float64(flat, rank, world_size, exchange).float()
+
+
+def _own_part_twice(flat, rank, world_size, exchange):
+    return sum_in_rank_order(flat, rank, world_size, exchange) + flat.chunk(world_size)[rank]
+
+
+def _own_part_first_and_in_its_turn(flat, rank, world_size, exchange):
+    slices = flat.chunk(world_size)
+    others = [r for r in range(world_size) if r != rank]
+    parts = {r: torch.empty_like(slices[0]) for r in others}
+    exchange(send={r: slices[r] for r in others}, recv=parts)
+    total = slices[rank].clone()
+    for r in range(world_size):
+        total += slices[rank] if r == rank else parts[r]
+    return total
+
+
 def _without_its_own(flat, rank, world_size, exchange):
     slices = flat.chunk(world_size)
     others = [r for r in range(world_size) if r != rank]
@@ -312,6 +339,10 @@ _TO_THE_RIGHT = ("In this ring every rank sends to its right neighbour, (rank + 
                  "and to nobody else.")
 _NOBODY_SENDS = ("In each round a message goes from a rank to its right neighbour, so what a rank "
                  "receives comes from its left one.")
+
+_FLOAT64 = ("In float64 an addition rounds differently. The bits that are asked for are those of "
+            "the buffer's own dtype.")
+_TWICE = "Your own part of the slice is in the sum twice."
 
 ON_COLLECTIVES = {
     "1.1": Exercise(
@@ -389,6 +420,10 @@ ON_COLLECTIVES = {
                     "room for that alone.", "has made room for"),
             Mistake(_without_own_part, "Your own part is not sent to anybody, so it does not "
                     "arrive with the others: put it among them yourself.", "KeyError"),
+            Mistake(_rounded_from_float64, _FLOAT64),
+            Mistake(_in_float64, _FLOAT64),
+            Mistake(_own_part_twice, _TWICE),
+            Mistake(_own_part_first_and_in_its_turn, _TWICE),
             Mistake(_without_its_own, "Your own part of the slice is missing in the sum."),
         ],
         {"the result": "Add from left to right: rank 0's part, then rank 1's, and so on.",

@@ -59,7 +59,11 @@ def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict)
 def _observe_start(answer) -> Observed:
     with trace() as sent:
         model = answer(course.build(seed=dist.get_rank()))
-    return {**_sent(sent.events), "weights": _weights(model),
+    weights = _weights(model)
+    whose = ("rank 0's" if course.same_bits(course.build(seed=0).state_dict(), weights) else
+             "its own" if course.same_bits(course.build(dist.get_rank()).state_dict(), weights) else
+             "nobody's")
+    return {**_sent(sent.events), "whose weights it has": whose, "weights": weights,
             "unit.flat is still the buffer": all(
                 isinstance(unit.flat, torch.Tensor)
                 and unit.flat.data_ptr() == unit.params[0].data_ptr() for unit in model.units)}
@@ -106,12 +110,17 @@ def _observe_sharded(answer) -> Observed:
     found["bytes of the flat buffer after free"] = unit.flat.untyped_storage().nbytes()
     found["bytes of the layer's weight after free"] = (
         unit.params[0].untyped_storage().nbytes())
+    found["left in the flat buffer after free"] = (
+        "nothing" if unit.flat.untyped_storage().nbytes() == 0 else
+        "another shape" if unit.flat.shape != before.shape else
+        "its values" if unit.flat.any() else "zeros")
     found["bytes of the shard after free"] = unit.shard.untyped_storage().nbytes()
     found["elements of the shard"] = unit.shard.numel()
     found["the optimizer's parameter is the shard's memory"] = (
         unit.owned.data_ptr() == unit.shard.data_ptr())
-    if found["bytes of the shard after free"] == 0:
-        return found
+    if (found["bytes of the shard after free"] == 0
+            or found["bytes of the layer's weight after free"] > 0):
+        return found  # the rest says nothing more
     unit.owned.data.mul_(2)  # as if the optimizer had stepped
     with trace() as sent:
         model.gather(unit, "forward")
@@ -184,6 +193,12 @@ class _OnlyRank0Broadcasts(small.Stage0):
             comm.broadcast(unit.flat, self.group, unit=unit.name, phase="init").wait()
 
 
+class _SameSeed(small.Stage0):
+    def start(self, unit):
+        torch.manual_seed(0)
+        unit.flat.normal_()
+
+
 class _BroadcastsACopy(small.Stage0):
     def start(self, unit):
         comm.broadcast(unit.flat.clone(), self.group, unit=unit.name, phase="init").wait()
@@ -218,6 +233,12 @@ class _DividedByFour(small.Stage0):
     def reduce(self, unit, grad):
         comm.all_reduce(grad, self.group, unit=unit.name, phase="backward", divide_by=4).wait()
         unit.owned.grad = grad
+
+
+class _OnlyRank0Reduces(small.Stage0):
+    def reduce(self, unit, grad):
+        if self.rank == 0:
+            super().reduce(unit, grad)
 
 
 class _Rank0sGradients(small.Stage0):
@@ -306,6 +327,22 @@ class _BroadcastsInstead(AllReduceStage1):
         comm.broadcast(unit.flat, self.group, unit=unit.name, phase="step").wait()
 
 
+class _UpdatesACopy(AllReduceStage1):
+    def own(self, unit):
+        return unit.shard.clone()
+
+
+class _GathersIntoTheShard(AllReduceStage1):
+    def after_step(self, unit):
+        comm.all_gather(unit.shard, unit.flat, self.group, unit=unit.name, phase="step").wait()
+
+
+class _SomeGather(AllReduceStage1):
+    def after_step(self, unit):
+        if self.rank == 0:
+            super().after_step(unit)
+
+
 class _ReduceScatterOfSums(small.Stage1):
     def reduce(self, unit, grad):
         mine = grad.chunk(self.world_size)[self.rank]
@@ -336,6 +373,30 @@ class _Stage1OnlyRank0Gathers(small.Stage1):
     def after_step(self, unit):
         if self.rank == 0:
             super().after_step(unit)
+
+
+class _Stage1UpdatesACopy(small.Stage1):
+    def own(self, unit):
+        return unit.shard.clone()
+
+
+class _Stage1GathersIntoTheShard(small.Stage1):
+    def after_step(self, unit):
+        comm.all_gather(unit.shard, unit.flat, self.group, unit=unit.name, phase="step").wait()
+
+
+class _ScattersIntoTheGradient(small.Stage1):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(grad, mine, self.group, unit=unit.name, phase="backward",
+                            divide_by=self.world_size).wait()
+        unit.owned.grad = mine
+
+
+class _OnlyRank0Scatters(small.Stage1):
+    def reduce(self, unit, grad):
+        if self.rank == 0:
+            super().reduce(unit, grad)
 
 
 class _StillAView(small.Stage2):
@@ -375,6 +436,20 @@ class _AllReduceThenCopy(small.Stage2):
         unit.owned.grad = grad.chunk(self.world_size)[self.rank].clone()
 
 
+class _Stage2ScattersIntoTheGradient(small.Stage2):
+    def reduce(self, unit, grad):
+        mine = torch.empty_like(unit.shard)
+        comm.reduce_scatter(grad, mine, self.group, unit=unit.name, phase="backward",
+                            divide_by=self.world_size).wait()
+        unit.owned.grad = mine
+
+
+class _Stage2OnlyRank0Reduces(small.Stage2):
+    def reduce(self, unit, grad):
+        if self.rank == 0:
+            super().reduce(unit, grad)
+
+
 class _ShardIsAView(small.Sharded):
     def own(self, unit):
         return unit.shard
@@ -384,6 +459,55 @@ class _PointsElsewhere(small.Sharded):
     def free(self, unit):
         for p in unit.params:
             p.data = torch.empty(0)
+
+
+class _CloneIsNotStored(small.Sharded):
+    def own(self, unit):
+        return unit.shard.clone()
+
+
+class _ShardAndCopy(small.Sharded):
+    def own(self, unit):
+        unit.shard = unit.shard.clone()
+        return unit.shard.clone()
+
+
+class _FlatPointsElsewhere(small.Sharded):
+    def free(self, unit):
+        unit.flat.data = torch.empty(0)
+
+
+class _FlatIsNone(small.Sharded):
+    def free(self, unit):
+        unit.flat = None
+
+
+class _DeletesTheName(small.Sharded):
+    def free(self, unit):
+        flat = unit.flat
+        del flat
+
+
+class _DeletesTheAttribute(small.Sharded):
+    def free(self, unit):
+        del unit.flat
+
+
+class _ShapeOfTheTensor(small.Sharded):
+    def free(self, unit):
+        unit.flat.resize_(0)
+
+
+class _BroadcastsTheUnit(small.Sharded):
+    def gather(self, unit, phase):
+        unit.flat.untyped_storage().resize_(unit.flat.numel() * unit.flat.element_size())
+        comm.broadcast(unit.flat, self.group, unit=unit.name, phase=phase).wait()
+
+
+class _ShardedGathersIntoTheShard(small.Sharded):
+    def gather(self, unit, phase):
+        unit.flat.untyped_storage().resize_(unit.flat.numel() * unit.flat.element_size())
+        comm.all_gather(unit.shard, unit.flat, self.group, unit=unit.name, phase=phase).wait()
 
 
 class _FreesNothing(small.Sharded):
@@ -416,6 +540,26 @@ class _KeptAfterForward(small.Stage3):
 class _NotGatheredForBackward(small.Stage3):
     def after_forward(self, unit, output):
         self.free(unit)
+
+
+class _HookIsCalled(small.Stage3):
+    def after_forward(self, unit, output):
+        self.free(unit)
+        if output.requires_grad:
+            output.register_hook(self.gather(unit, "backward"))
+
+
+class _HookWithoutArgument(small.Stage3):
+    def after_forward(self, unit, output):
+        self.free(unit)
+        if output.requires_grad:
+            output.register_hook(lambda: self.gather(unit, "backward"))
+
+
+class _HookWithoutGradient(small.Stage3):
+    def after_forward(self, unit, output):
+        self.free(unit)
+        output.register_hook(lambda grad: self.gather(unit, "backward"))
 
 
 class _KeptAfterBackward(small.Stage3):
@@ -453,6 +597,35 @@ _STEP = {**_WAIT, "bytes of optimizer states": "The optimizer keeps states for w
          "weights": "All that is held and sent is right, but the weights are not stage 0's. Is it "
          "the mean? Is it this rank's own slice?"}
 
+_NOT_ALL = "stuck|is missing|diverge"
+_SOME = ("A collective takes all ranks. Here some of them come to one, while others have left it "
+         "out or are at another.")
+_SWAPPED = ("The buffers of a collective have the wrong sizes. Its first argument is what it "
+            "fills: a whole buffer in an all_gather, and a slice in a reduce_scatter.")
+_SIZES = r"tensor a \(\d+\) must match the size of tensor b|refer to a single memory location"
+_COPY = ("The optimizer updates a copy. What the others get after the step is unit.shard, in which "
+         "nothing has changed.")
+_ELSEWHERE = ("unit.flat is something else now, but its memory is still there: the layer's "
+              "parameters are views of it. It is this memory that has to become empty.")
+_DELETED = ("Nothing is freed. (`del` takes a name away, and not the memory: that stays for as "
+            "long as something refers to it, and the layer's parameters are views of it.)")
+_SHAPE = ("resize_ of a tensor changes its shape. The memory stays as it is: it belongs to the "
+          "tensor's storage.")
+
+
+def _alone_in_a_barrier(answer: type, method: str) -> Mistake:
+    """The answer, with a barrier in one of its methods that only rank 0 comes to."""
+    def with_barrier(self, *args):
+        if self.rank == 0:
+            dist.barrier()
+        return getattr(answer, method)(self, *args)
+
+    return Mistake(type("_AloneInABarrier", (answer,), {method: with_barrier}),
+                   "A barrier takes all ranks, as a collective does. The one that comes to it "
+                   "alone waits there, and the others wait for it in their next collective.",
+                   r"stuck.*barrier\(")
+
+
 ON_STAGES = {
     "2.1": Exercise(
         "a class like small.Stage0, with a method start(self, unit)", _observe_start, small.Stage0,
@@ -465,8 +638,13 @@ ON_STAGES = {
                     "another rank's. Everyone is to get rank 0's: broadcast."),
             Mistake(_NamesTheUnit, "unit= takes a name, unit.name, and not the unit itself.",
                     "object at 0x"),
+            Mistake(_SameSeed, "All ranks begin with the same weights, but they have drawn new "
+                    "ones, and nobody has sent anything. Rank 0's own, which may come from a "
+                    "file, are lost.",
+                    by=("something was sent through zero_ref.comm", "whose weights it has")),
+            _alone_in_a_barrier(small.Stage0, "start"),
             Mistake(_OnlyRank0Broadcasts, "A broadcast is a collective: all ranks call it, those "
-                    "that receive as well.", "stuck|is missing|diverge"),
+                    "that receive as well.", _NOT_ALL),
             Mistake(_BroadcastsACopy, "What arrives is thrown away: the collective has to write "
                     "into unit.flat itself, of which the module's parameters are views."),
         ],
@@ -493,6 +671,8 @@ ON_STAGES = {
                     "'NoneType' object has no attribute"),
             Mistake(_NotDelivered, "The mean is computed, but the optimizer does not get it: it "
                     "looks at unit.owned.grad."),
+            _alone_in_a_barrier(small.Stage0, "reduce"),
+            Mistake(_OnlyRank0Reduces, _SOME, _NOT_ALL),
             Mistake(_SliceOnly, "With reduce_scatter only this rank's slice of `grad` is the mean. "
                     "At stage 0 everyone needs all of it: all_reduce."),
         ], _GRADS),
@@ -511,6 +691,10 @@ ON_STAGES = {
                     "which only rank 0's slice is updated."),
             Mistake(_WholeGradientForASlice, "The optimizer's parameter is a slice, so its "
                     "gradient has to be the same slice of `grad`.", "different size|shape|assign"),
+            Mistake(_UpdatesACopy, _COPY, by=("bytes of parameters", "bytes of optimizer states")),
+            Mistake(_GathersIntoTheShard, _SWAPPED, _SIZES),
+            _alone_in_a_barrier(AllReduceStage1, "after_step"),
+            Mistake(_SomeGather, _SOME, _NOT_ALL),
         ], _STEP),
     "4.2": Exercise(
         "a class like small.Stage1", _observe_stage_1, small.Stage1, [
@@ -524,8 +708,14 @@ ON_STAGES = {
                     "been added to the others' yet."),
             Mistake(_Stage1WithoutGather, "Each rank has updated its own slice, and nobody has "
                     "told the others. Gather the parameters after the step."),
+            Mistake(_Stage1UpdatesACopy, _COPY,
+                    by=("bytes of parameters", "bytes of optimizer states")),
+            Mistake(_Stage1GathersIntoTheShard, _SWAPPED, _SIZES),
+            Mistake(_ScattersIntoTheGradient, _SWAPPED, _SIZES),
+            _alone_in_a_barrier(small.Stage1, "after_step"),
             Mistake(_Stage1OnlyRank0Gathers, "A gather is a collective: all ranks call it.",
-                    "stuck|is missing|diverge"),
+                    r"diverge.* all_gather .* before that all went to .* in phase 'backward'"),
+            Mistake(_OnlyRank0Scatters, _SOME, _NOT_ALL),
         ], _STEP),
     "5.1": Exercise(
         "a class like small.Stage2, with a method reduce", _observe_stage_2, small.Stage2, [
@@ -539,11 +729,35 @@ ON_STAGES = {
                     "was. It needs memory of its own before the buffer is emptied."),
             Mistake(_AllReduceThenCopy, "The memory is right, but all_reduce sends twice what "
                     "reduce_scatter sends, for slices that you throw away."),
+            Mistake(_Stage2ScattersIntoTheGradient, _SWAPPED, _SIZES),
+            _alone_in_a_barrier(small.Stage2, "reduce"),
+            Mistake(_Stage2OnlyRank0Reduces, _SOME, _NOT_ALL),
         ], _STEP),
     "6.1": Exercise(
         "a class like small.Sharded, with own, gather and free", _observe_sharded, small.Sharded, [
             Mistake(_ShardIsAView, "The shard is a view of the flat buffer, so emptying the buffer "
                     "empties the shard, which nobody else has. Clone it."),
+            Mistake(_CloneIsNotStored, "The optimizer has memory of its own, but unit.shard is "
+                    "still a view of the flat buffer, and empty when that is.",
+                    by=("bytes of the shard after free",
+                        "the optimizer's parameter is the shard's memory")),
+            Mistake(_ShardAndCopy, "The optimizer updates other memory than unit.shard, and it is "
+                    "unit.shard that is gathered.",
+                    by=("bytes of the shard after free",
+                        "the optimizer's parameter is the shard's memory")),
+            Mistake(_FlatPointsElsewhere, _ELSEWHERE,
+                    by=("bytes of the flat buffer after free",
+                        "bytes of the layer's weight after free")),
+            Mistake(_FlatIsNone, _ELSEWHERE, "'NoneType' object has no attribute"),
+            Mistake(_DeletesTheName, _DELETED,
+                    by=("left in the flat buffer after free",
+                        "bytes of the layer's weight after free")),
+            Mistake(_DeletesTheAttribute, _DELETED, "has no attribute '(flat|params|shard)'"),
+            Mistake(_ShapeOfTheTensor, _SHAPE, by=("left in the flat buffer after free",)),
+            Mistake(_BroadcastsTheUnit, "A broadcast sends what rank 0 has. Of this unit it has a "
+                    "shard, as everyone does: the other slices are memory that nobody has filled.",
+                    by=("collectives",)),
+            Mistake(_ShardedGathersIntoTheShard, _SWAPPED, _SIZES),
             Mistake(_PointsElsewhere, "You point the parameters elsewhere, but the flat buffer is "
                     "still there, and so is what autograd has saved of it. Empty its storage."),
             Mistake(_FreesNothing, "Zeros take as much memory as other numbers. It is the storage "
@@ -551,7 +765,7 @@ ON_STAGES = {
             Mistake(_NoMemory, "The storage is empty when the gather writes into it: first give it "
                     "its memory back.", r"storage of size 0\b"),
             Mistake(_TooLittleMemory, "resize_ counts bytes, not elements: an element of fp32 has "
-                    "4.", "out of bounds|storage"),
+                    "4.", "out of bounds for storage"),
             Mistake(_NothingSent, "The memory is there, but nobody has sent anything."),
         ],
         {**_WAIT, "the flat buffer after gather": "All slices, each from its owner's shard.",
@@ -571,7 +785,14 @@ ON_STAGES = {
                     "gathered in the next forward anyway."),
             Mistake(_NotGatheredForBackward, "A unit computes while its parameters are not there. "
                     "Forward needs them, and backward needs them again, on every rank.",
-                    "storage|out of bounds|SIGSEGV|SIGBUS"),
+                    "out of bounds for storage|SIGSEGV|SIGBUS"),
+            Mistake(_HookIsCalled, "A hook is called later, with the gradient. This one was called "
+                    "at once, and what it returned was registered: None.",
+                    "'NoneType' object is not callable"),
+            Mistake(_HookWithoutArgument, "A hook is called with the gradient. This one takes no "
+                    "argument.", r"takes 0 positional arguments but 1 was given"),
+            Mistake(_HookWithoutGradient, "A forward without gradients has no backward: its output "
+                    "takes no hook.", "hook on a tensor that doesn't require"),
         ],
         {**_STEP,
          "bytes of optimizer states": "The optimizer gets no gradient, or another one: what stage "
