@@ -167,6 +167,10 @@ def test_equal_units_are_equally_wide_also_side_by_side(recordings):
     assert len(cells) == 1 and cells.pop() > 4
     drawing.png(3)
     axes = [grid[0].axes for grid in drawing.grids]
+    for ax in axes:  # or else some would be drawn with a pixel more
+        edges = [ax.transData.transform(corner)[0] for square in drawing.corners.values()
+                 for corner in square]
+        assert np.abs(np.array(edges) - np.round(edges)).max() < 1e-6
     texts = [text for ax in axes for text in (*ax.get_xticklabels(), *ax.texts)]
     for ax, following in itertools.pairwise(axes):
         assert ax.texts[0].get_window_extent().x1 < following.get_window_extent().x0
@@ -233,6 +237,13 @@ def test_the_partition_map_says_who_owns_what():
     assert pixels(picture.png()).std() > 10
 
 
+def test_labels_are_above_the_borders_of_slices():
+    layouts = zero_ref.launch(lambda: layout(zero_ref.wrap(course.build(), 1)), 4)[0]
+    (ax, *_) = viz.partition_map(layouts).figure.axes
+    assert min(text.zorder for text in ax.texts) > max(line.zorder for line in ax.lines)
+    assert all(text.get_bbox_patch() for text in ax.texts)
+
+
 def test_memory_over_a_step_marks_rest_and_peak(recordings):
     of_rank_0 = [recordings[stage, 4][0] for stage in range(4)]
     sizes = [unit.sizes for unit in of_rank_0[0].units]
@@ -246,6 +257,21 @@ def test_memory_over_a_step_marks_rest_and_peak(recordings):
                                f"{bytes_text(peak)} of model states at the peak")
         assert f"{bytes_text(total)} of all tensors at theirs (between " in line
     assert pixels(picture.png()).std() > 10
+
+
+def test_recordings_of_one_stage_are_told_apart(recordings):
+    def names(*given):
+        picture = viz.memory_over_step(*given)
+        *panels, together = picture.figure.axes
+        found = [line.split(":")[0] for line in picture.text.splitlines()]
+        assert [ax.get_title(loc="left").splitlines()[0] for ax in panels] == found
+        assert [text.get_text() for text in together.get_legend().texts] == found
+        return found
+
+    first, second = recordings[3, 4][:2]
+    assert names(first, first) == ["stage 3 (1)", "stage 3 (2)"]
+    assert names(first, second) == ["stage 3, rank 0", "stage 3, rank 1"]
+    assert names(recordings[0, 4][0], first) == ["stage 0", "stage 3"]
 
 
 def test_all_tensors_are_drawn_where_they_were_recorded_and_only_then(recordings):

@@ -61,7 +61,8 @@ def _box(ax, start, end, y, colour, labels, widest, hatch=None):
     for label in labels:  # the longest that fits, with a margin: 115 characters fill the picture
         if (len(label) + 0.1) / 115 < (end - start) / widest:
             ax.text((start + end) / 2, y + 0.45, label, ha="center", va="center", color="white",
-                    fontsize=9)
+                    fontsize=9, zorder=3,  # above the borders of slices
+                    bbox={"facecolor": colour, "edgecolor": "none", "pad": 1})
             break
 
 

@@ -15,7 +15,8 @@ _LINES = ["-", "--", "-.", ":"]
 def memory_over_step(*recordings: Recording, formula: Mapping[int, int] | None = None) -> Picture:
     """Stacked bytes of parameters, gradients and optimizer states, a panel for each Recording, all
     to one scale: give those of one rank at several stages, for instance. Above them the line of all
-    tensors, if they were recorded. Several are laid over one another in a last panel.
+    tensors, if they were recorded. Several are laid over one another in a last panel. Those of one
+    stage are told apart by their ranks, or else by their numbers.
 
     formula: {stage: bytes of model states at rest} to draw as a line; by default none. Raises
     ValueError for no recording or more than four.
@@ -28,20 +29,30 @@ def memory_over_step(*recordings: Recording, formula: Mapping[int, int] | None =
     panels = figure.subplots(1, len(recordings) + together, sharey=True, squeeze=False)[0]
     largest = max(max(_model_states(r) + _all_tensors(r)) for r in recordings)
     unit, name = (1e6, "MB") if largest >= 1e7 else (1e3, "kB") if largest >= 1e4 else (1, "bytes")
-    text = []
-    for ax, recording in zip(panels, recordings):
-        text.append(_draw(ax, recording, unit, largest / unit, formula))
-    panels[0].set_ylabel(f"{name} held by rank {recordings[0].rank}")
+    text, names = [], _names(recordings)
+    for ax, recording, title in zip(panels, recordings, names):
+        text.append(_draw(ax, recording, title, unit, largest / unit, formula))
+    ranks = {recording.rank for recording in recordings}
+    panels[0].set_ylabel(f"{name} held by {'a rank' if len(ranks) > 1 else f'rank {ranks.pop()}'}")
     handles, labels = panels[0].get_legend_handles_labels()
     ticks = panels[0].plot([], [], color=COMMUNICATION, linewidth=2)
     figure.legend([*handles, *ticks], [*labels, "a collective"], loc="outside lower center",
                   ncols=6, frameon=False, fontsize=9)
     if together:
-        _draw_together(panels[-1], recordings, unit)
+        _draw_together(panels[-1], recordings, names, unit)
     return Picture(figure, "\n".join(text))
 
 
-def _draw(ax, recording, unit, tallest, formula):
+def _names(recordings):
+    """What the recordings are called: by their stages, as far as these differ."""
+    names = [f"stage {recording.stage}" for recording in recordings]
+    if len({recording.rank for recording in recordings}) > 1:
+        names = [f"{name}, rank {recording.rank}" for name, recording in zip(names, recordings)]
+    return [f"{name} ({names[:i].count(name) + 1})" if names.count(name) > 1 else name
+            for i, name in enumerate(names)]
+
+
+def _draw(ax, recording, name, unit, tallest, formula):
     frames = recording.frames
     stacked = [[f.bytes[kind] / unit for f in frames] for kind in reversed(KINDS)]
     ax.stackplot(range(len(frames)), stacked, colors=list(reversed(KINDS.values())), step="post",
@@ -60,27 +71,27 @@ def _draw(ax, recording, unit, tallest, formula):
         said += (f", {bytes_text(peak)} of all tensors at theirs (between {_named(frames[at])} and "
                  f"{_named(frames[at + 1])})")
         peaks = [(ALL_TENSORS, "all tensors", peak, at), *peaks]
-    for line, (colour, name, peak, at) in enumerate(peaks):
+    for line, (colour, of, peak, at) in enumerate(peaks):
         ax.plot(at, peak / unit, marker="v", color=colour, markersize=7, clip_on=False)
-        ax.annotate(f"▼ {name} {bytes_text(peak)}", (0, 1), xytext=(0, 6 + 13 * line), fontsize=9,
+        ax.annotate(f"▼ {of} {bytes_text(peak)}", (0, 1), xytext=(0, 6 + 13 * line), fontsize=9,
                     color=colour, xycoords="axes fraction", textcoords="offset points")
     for i, frame in enumerate(frames):
         if frame.wire_bytes:
             ax.plot([i, i], [-0.035 * tallest, 0], color=COMMUNICATION, linewidth=2)
-    ax.set_title(f"stage {recording.stage}\nat rest {bytes_text(states[0])}", fontsize=10,
+    ax.set_title(f"{name}\nat rest {bytes_text(states[0])}", fontsize=10,
                  loc="left", pad=8 + 13 * len(peaks))
     ax.set_ylim(-0.035 * tallest, tallest * 1.04)
     _tidy(ax, len(frames) - 1)
-    return f"stage {recording.stage}: {bytes_text(states[0])} at rest, {said}"
+    return f"{name}: {bytes_text(states[0])} at rest, {said}"
 
 
-def _draw_together(ax, recordings, unit):
+def _draw_together(ax, recordings, names, unit):
     for i, recording in enumerate(recordings):
         everything = _all_tensors(recording)
         line = everything or _model_states(recording)
         ax.step(_moments(recording), [n / unit for n in line], where="post", linewidth=1.2,
                 color=ALL_TENSORS if everything else INK, linestyle=_LINES[i],
-                label=f"stage {recording.stage}")
+                label=names[i])
     ax.legend(title="all tensors\ntogether" if everything else "all together", frameon=False,
               fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(-0.05, 1), borderpad=0,
               handlelength=1.6, columnspacing=0.8, alignment="left", title_fontsize=10)

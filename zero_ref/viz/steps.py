@@ -125,29 +125,30 @@ class StepDrawing:
         self.title = self._changes(self.figure.text(0.012, 1 - 0.24 / height, "", fontsize=13,
                                                     weight="bold", va="center"))
         self.grids, self.bars, self.notes = [], [], []
+        left = 68 / self.width  # whole pixels, see _grid
         if self.several:
-            wide = 0.925 / len(self.stages)
+            wide = int(0.925 * self.width / len(self.stages)) / self.width
             for i, recordings in enumerate(self.stages):
-                place = [0.075 + i * wide, bottom, wide - 0.02, tall]
+                place = [left + i * wide, bottom, wide - 18 / self.width, tall]
                 ax = self._grid(place, ranks=i == 0)
                 ax.set_title(f"stage {recordings[0].stage}", loc="left", fontsize=11)
                 self.notes.append(self._changes(ax.text(
                     0, -0.26 / (tall * height), "", transform=ax.transAxes, fontsize=9,
                     va="top")))
         else:
-            self._grid([0.075, bottom, 0.55, tall], ranks=True)
+            self._grid([left, bottom, 0.55, tall], ranks=True)
             of = stage0 or []
             held = max((sum(f.bytes.values()) for r in of for f in r.frames[-1:]), default=None)
             sent = max((r.frames[-1].sent for r in of), default=None)
             self._bar_axes([0.655, bottom, 0.19, tall], "held", self.most_held, held)
             self._bar_axes([0.87, bottom, 0.115, tall], "sent so far", self.most_sent, sent)
-            self._ribbon([0.075, 0.52 / height, 0.91, 0.27 / height])
+            self._ribbon([left, 0.52 / height, 0.91, 0.27 / height])
         self._legend(0.01)
 
     def _grid(self, place, ranks):
         ax = self.figure.add_axes(place)
-        n, wide = self.ranks, place[2] * self.width
-        ax.set_xlim(-1, wide + 1)
+        n, wide = self.ranks, round(place[2] * self.width) - 2
+        ax.set_xlim(-1, wide + 1)  # in pixels
         ax.set_ylim(self.ranks * 4 - 0.6, -0.4)
         gap = wide / len(self.units) / 6
         widths = _widths([unit.padded_numel for unit in self.units],
@@ -156,17 +157,20 @@ class StepDrawing:
         self.corners = {}
         left = 0
         for unit, width in zip(self.units, widths):
+            step, between = width / n, min(1.5, 0.08 * width / n)
+            if 3 < step < 10:  # whole pixels: one more or less would be seen
+                step, between = int(step + 1e-6), 1
             for rank in range(n):
                 for k, kind in enumerate(KINDS):
                     for s in range(n):
-                        x, y = left + s * width / n, rank * 4 + k
-                        z = x + width / n - min(1.5, 0.08 * width / n)
+                        x, y = left + s * step, rank * 4 + k
+                        z = x + step - between
                         square = [(x, y), (z, y), (z, y + 0.88), (x, y + 0.88)]
                         self.corners[unit.name, rank, kind, s] = square
                         cells.append(square)
                         colours.append(PAPER)
             middles.append(left + width / 2)
-            left += width + gap
+            left = round(left + width + gap)
         ax.add_collection(PolyCollection(cells, facecolors=colours), autolim=False)
         changing = [PolyCollection([], linewidths=1.1) for _ in range(3)]
         changing[1].set_hatch("//////")
