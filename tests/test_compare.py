@@ -453,6 +453,13 @@ def test_a_notebook_gets_table_and_picture():
     assert "<pre" in data["text/html"] and "data:image/png;base64," in data["text/html"]
 
 
+def test_in_a_notebook_nothing_is_shown_beside_that(monkeypatch, capsys):
+    report = compare(stages=(0,))
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "What a rank holds and sends" in str(report)
+    assert capsys.readouterr().out == ""
+
+
 def sentences(largest, root, child, peaks, numel=1000, states=4000, in_units=10000):
     def row(system, held, peak, sent=6000):
         return {"system": system, "kind": "torch" if system == "DDP" else "ours",

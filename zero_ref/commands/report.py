@@ -26,7 +26,9 @@ class Report(dict):
     """
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=100, highlight=False, markup=False, emoji=False)
+        # In a notebook, rich would show at each call what is printed, and write nothing here.
+        console = Console(file=io.StringIO(), width=100, highlight=False, markup=False, emoji=False,
+                          force_jupyter=False)
         _print(self, console)
         return "\n".join(map(str.rstrip, console.file.getvalue().rstrip().splitlines()))
 
