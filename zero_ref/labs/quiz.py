@@ -542,18 +542,18 @@ QUESTIONS: dict[str, Question] = {
          "d": "A slow network makes it slow for both ranks: neither can do without the other's "
               "part."}),
     "8.q5": Question(
-        "A job with Adam in mixed precision moves from 64 ranks to 128 of the same memory. It is "
-        "all used for model states, before and after. How much larger may the model become?",
-        {"a": "Twice as large at stages 2 and 3.",
-         "b": "No larger at stage 2; twice as large at stage 3.",
-         "c": "Twice as large at stage 2; four times as large at stage 3.",
-         "d": "About 5 % larger at stage 2; twice as large at stage 3."},
+        "On 2 ranks, with overlap, a step of stage 1 takes just as long as one of stage 0. On 4 "
+        "ranks it takes the same time as before to compute a unit, to send a message and to update "
+        "all parameters. Which stage is faster there?",
+        {"a": "Stage 0, because fewer of its messages are not hidden.",
+         "b": "Neither of them, because they send equally many bytes.",
+         "c": "Neither of them, because a message takes as long as before.",
+         "d": "Stage 1, because a rank updates a smaller part."},
         "d",
-        {"a": "At stage 2 every rank keeps all parameters, and on 64 ranks they already are most "
-              "of what it keeps.",
-         "b": "At stage 2 the parameters do not shrink. But something else still does, and that "
-              "is not quite nothing.",
-         "c": "With twice as many ranks, what a rank keeps of a given model can at best halve."}),
+        {"a": "That is so on 2 ranks as well, where both take equally long. What has changed?",
+         "b": "They also do so on 2 ranks. Bytes alone do not decide how long a step takes.",
+         "c": "Messages are one part of a step. Is there another one that depends on the number of "
+              "ranks, and at which stage?"}),
 
     # ---- 9. Compare ------------------------------------------------------------------------------
     "9.q1": Question(
