@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 from toy import STAGES
 
 import zero_ref
-from zero_ref.engine.owned import LocalGrad
+from zero_ref.engine.local import LocalGrad
 
 PLAIN = {"norm": False}
 

@@ -15,8 +15,10 @@ from toy import STAGES
 
 import zero_ref
 from zero_ref.engine import check
+from zero_ref.engine.local import LocalGrad
 from zero_ref.engine.optimizers import ELEMENTWISE
-from zero_ref.engine.owned import GradSlice, LocalGrad, MasterParameter
+from zero_ref.engine.owned import MasterParameter
+from zero_ref.engine.slices import GradSlice
 
 
 def net():
@@ -127,7 +129,10 @@ def test_a_local_gradient_is_no_gradient_yet():
         held = zero_ref.memory.resident(model, opt)
         assert held["gradients"] - before["gradients"] == sum(
             q.numel() * 4 for q in net().parameters())
+        with torch.no_grad():
+            refused(lambda: p.add_(p.grad, alpha=-0.1), "this gradient is local")
         for use in (p.grad.sum, lambda: p.grad * 2, lambda: model.clip_grad_norm_(1.0),
+                    lambda: (p * p.grad).sum(), lambda: p.detach() - p.grad,
                     model.grads_are_finite):
             refused(use, "this gradient is local")
         refused(opt.step, "has not been reduced")
@@ -264,6 +269,11 @@ REDUCED = {
     "foreach mul": lambda g: torch._foreach_mul([g], 2.0)[0].norm(), "dot": lambda g: g.dot(g),
     "in place": lambda g: g.mul_(1).norm(), "mse": lambda g: F.mse_loss(g, g * 2),
     "normalize": lambda g: F.normalize(g, dim=0), "l1": lambda g: F.l1_loss(g, torch.zeros_like(g)),
+    "mse sum": lambda g: F.mse_loss(g, g * 2, reduction="sum"), "contains": lambda g: 1.0 in g,
+    "softmax": lambda g: g.softmax(0), "flip": lambda g: g.flip(0), "cumsum": lambda g: g.cumsum(0),
+    "roll": lambda g: g.roll(1), "sort": torch.sort, "fft": lambda g: torch.fft.rfft(g, n=4),
+    "float": lambda g: float(g[:1]), "matrix": lambda g: g @ torch.ones(1000),
+    "shape of the whole": lambda g: g.view(7, 1001), "allclose": lambda g: g.allclose(g),
 }
 
 
@@ -353,6 +363,8 @@ TERMS = {
     "distance": lambda p: (p - 1).pow(2).sum(),
     "mse": lambda p: F.mse_loss(p, p.detach() + 1, reduction="sum"),
     "of two": lambda p: (p * p).sum() * 2,
+    "scaled": lambda p: torch.tensor(0.5) * torch.stack([p.square().sum() / 2]).mean().float(),
+    "huber": lambda p: F.huber_loss(p, p.detach() + 1, reduction="none").sum(),
 }
 WRONG = {
     "norm": lambda p: p.norm(), "torch.norm": lambda p: torch.norm(p, 2),
@@ -362,6 +374,15 @@ WRONG = {
     "std": lambda p: p.std(), "mse": lambda p: F.mse_loss(p, p.detach() + 1),
     "some": lambda p: p[:2].square().sum(),
     "of a sum": lambda p: (1 + 3 * (p * p).sum()).sqrt(),
+    "square of a sum": lambda p: p.sum() * p.sum(),
+    "of two sums": lambda p: p.square().sum() * p.abs().sum(),
+    "quotient": lambda p: torch.ones(()) / p.square().sum(), "softmax": lambda p: p.softmax(0),
+    "divided": lambda p: torch.div(torch.ones(()), p.square().sum()), "flip": lambda p: p.flip(0),
+    "roll": lambda p: p.roll(1), "fft": lambda p: torch.fft.rfft(p, n=4).abs().sum(),
+    "matrix": lambda p: (p @ torch.ones(1000)).sum(), "spread": lambda p: (p - p.sum()).abs().sum(),
+    "of the data's": lambda p: torch.ones((), requires_grad=True) * p.square().sum(),
+    "sum and more": lambda p: F.pairwise_distance(p, p.detach() + 1),
+    "cosine": lambda p: F.cosine_similarity(p, p.detach(), dim=0),
 }
 
 
@@ -392,6 +413,112 @@ def test_what_no_sum_of_parts_gives_is_refused_in_a_loss(world_size):
                 "autograd works on the module's own parameters")
 
     toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], world_size)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradients_as_factors_in_a_loss(world_size, turned):
+    """As in elastic weight consolidation: what a step away costs comes from earlier gradients."""
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        loss_of(model, 0).backward()
+        old = [(p.detach().clone(), p.grad.square() * 10) for p in model.parameters()]
+        opt.step()
+        for step in range(1, 3):
+            opt.zero_grad()
+            loss = loss_of(model, step)
+            for p, (was, weight) in zip(model.parameters(), old):
+                away = (p - was).square()
+                loss = loss + (away * weight if turned else weight * away).sum()
+            loss.backward()
+            opt.step()
+        return weights(model)
+
+    as_with_ddp(loop, world_size)
+
+
+def squares(model):
+    return 0.1 * sum(p.square().sum() for p in model.parameters())
+
+
+def alone(model, step):
+    return loss_of(model, step) + squares(model)
+
+
+ACCUMULATIONS = {  # losses of backwards inside no_sync(), and of the last one
+    "at the end": ([loss_of, loss_of], alone), "everywhere": ([alone, alone], alone),
+    "at first": ([alone, loss_of], loss_of),
+    "of nothing else": ([loss_of, lambda model, step: squares(model), loss_of], loss_of),
+    "then dropped": ([loss_of, alone, None, lambda model, step: squares(model)], loss_of),
+    "dropped, then at the end": ([alone, None], alone),
+}
+
+
+@pytest.mark.parametrize("losses", ACCUMULATIONS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_losses_over_parameters_while_gradients_are_local(world_size, losses):
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for step in range(2):
+            local, last = ACCUMULATIONS[losses]
+            with model.no_sync():
+                for i, loss in enumerate(local):
+                    loss(model, 10 * step + i).backward() if loss else opt.zero_grad()
+            last(model, 10 * step + 9).backward()
+            opt.step()
+            opt.zero_grad()
+        return weights(model)
+
+    as_with_ddp(loop, world_size)
+
+
+def test_a_gradient_of_a_loss_over_parameters_alone_is_a_slice_too():
+    def run(stage):
+        model = wrapped(stage)
+        for _ in range(2):  # the second one is added to the first
+            squares(model).backward()
+            for p in model.parameters():
+                assert type(p.grad) is GradSlice
+        refused(lambda: nn.utils.clip_grad_norm_(model.parameters(), 0.1), "clip_grad_norm_")
+
+    toy.ranks(lambda: [run(stage) for stage in (1, 2, 3)], 2)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_gradient_that_somebody_keeps_is_not_overwritten(world_size):
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(2):
+            kept = []
+            for task in range(3):
+                opt.zero_grad()
+                loss_of(model, 10 * step + task).backward()
+                kept.append([p.grad for p in model.parameters()])
+            views = [[grad.view(-1)[:] for grad in grads] for grads in kept[:2]]
+            del kept
+            opt.zero_grad()
+            loss_of(model, 10 * step + 4).backward()
+            for p, first, second in zip(model.parameters(), *views):
+                p.grad = p.grad + torch.where(first * second < 0, first, second).view_as(p)
+            opt.step()
+        return weights(model)
+
+    as_with_ddp(loop, world_size)
+
+
+def test_gradients_that_nobody_keeps_lie_in_the_same_memory():
+    def run(stage):
+        model, places = wrapped(stage), []
+        for step in range(3):
+            model.zero_grad()
+            loss_of(model, step).backward()
+            places.append({p.grad.untyped_storage().data_ptr() for p in model.parameters()})
+        return places[0] == places[1] == places[2]
+
+    assert all(map(all, toy.ranks(lambda: [run(stage) for stage in STAGES], 2)))
 
 
 # ---- values, attributes, types -------------------------------------------------------------------

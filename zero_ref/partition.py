@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from .engine import units as rules
-from .engine.backward import nobody_had_it
-from .engine.owned import GradSlice, master_parameter
+from .engine.backward import is_used_elsewhere, nobody_had_it
+from .engine.owned import master_parameter
+from .engine.slices import GradSlice
 
 FULL, SHARD = "full", "shard"
 ALIGNMENT = 16  # bytes: what vectorized kernels want, and as much as the largest dtype has
@@ -90,7 +91,7 @@ class Unit(Layout):
         self.rank = rank
         self.rank_slice = slice(rank * self.shard_numel, (rank + 1) * self.shard_numel)
         self.kept_grads: dict[torch.dtype, Tensor] = {}  # memory for gradients, the same every step
-        self.local, self.local_marks = {}, {}  # what no_sync() has left, see engine/owned.py
+        self.local, self.local_marks = {}, {}  # what no_sync() has left, see engine/local.py
         # Stage 3 only
         self.gathered = True  # whether `flat` holds the full parameters
         self.gathering: Any = None  # the all_gather in flight that will fill it
@@ -174,11 +175,12 @@ class Unit(Layout):
         return self.flat.new_empty(self.padded_numel, dtype=self.grad_dtype)
 
     def grad_memory(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """(numel,) for gradients that the optimizer is to see: the same memory in every step. New
-        memory comes from the kernel page by page, which takes longer than filling it."""
+        """(numel,) for gradients that the optimizer is to see: the same memory in every step,
+        unless somebody still has a gradient of an earlier one. New memory comes from the kernel
+        page by page, which takes longer than filling it."""
         if any(p.grad is not None for p in self.master_params):
             return self.flat.new_empty(numel, dtype=dtype)  # for what will be added to those
-        if dtype not in self.kept_grads:
+        if dtype not in self.kept_grads or is_used_elsewhere(self.kept_grads[dtype]):
             self.kept_grads[dtype] = self.flat.new_empty(numel, dtype=dtype)
         return self.kept_grads[dtype]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from .buckets import Bucket
-from .owned import hide_local, show_local
+from .local import hide_local, show_local
 
 _running = defaultdict(list)  # name of a group -> weakrefs to its Backwards, as they began
 
@@ -126,3 +126,9 @@ def nobody_had_it(reduced: Tensor) -> bool:
     first = reduced.reshape(-1)[:1]
     first = first.real if first.is_complex() else first
     return bool(((first == 0) & first.signbit()).all())
+
+
+def is_used_elsewhere(memory: Tensor) -> bool:
+    """Whether another tensor or array has the memory of this one."""
+    storage = memory.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) > 2  # `memory` and `storage`

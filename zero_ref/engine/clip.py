@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import comm
 from ..partition import SHARD
-from .owned import plain
+from .local import plain
 
 
 def _by_slice(unit, index: int, grad: Tensor) -> list[tuple[int, Tensor]]:

@@ -13,7 +13,9 @@ from torch.optim.optimizer import (
 )
 
 from . import writes
-from .owned import hide_local, mark, unmarked
+from .local import hide_local
+from .owned import mark
+from .slices import unmarked
 
 # Each element of a parameter is updated from that element of its gradient and of its states alone,
 # so a slice is updated as it would be inside the whole.

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import comm
-from . import check, clip, failure, materialize, optimizers, writes
+from . import check, clip, failure, local, materialize, optimizers, writes
 from .buckets import buckets
 from .buffers import Buffers
 from .hooks import Hook
@@ -69,6 +69,7 @@ class Shell(nn.Module):
         """Called once, with rank 0's values in unit.flat."""
         unit.keep(self.keeps)
         writes.watch(unit)
+        local.watch(unit)
 
     def _register_hooks(self) -> list:
         hooks = optimizers.watch(self)

@@ -1,0 +1,223 @@
+"""What is computed from a slice, and which of it is not what the whole would give.
+
+A norm or a sum of a slice is not that of the whole, and every rank would go on with another number.
+So what is computed from a slice is marked by its class as long as it is computed element by
+element; anything else is refused, with the way that is right. Which operators work element by
+element is known to torch, which tags them `pointwise`.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+# These keep elements as they are, or write into them, and are not tagged.
+_VIEWS = {"detach", "alias", "lift_fresh", "view", "_unsafe_view", "_reshape_alias", "expand", "t",
+          "unsqueeze", "squeeze", "view_as_real", "view_as_complex", "_conj", "_neg_view", "real",
+          "imag", "_to_copy", "copy", "cat", "stack", "_local_scalar_dense"}
+_WRITES = {"fill", "zero", "masked_fill", "index_put", "normal", "uniform", "bernoulli",
+           "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
+           "new_empty", "new_zeros", "new_ones", "new_full"}
+_PICKS = {"slice", "select", "index", "index_select", "masked_select", "gather", "take", "unbind",
+          "split", "split_with_sizes"}  # other elements on every rank
+_SUMS = {"sum", "nansum"}
+_LINEAR = _VIEWS | _SUMS | {"clone", "add", "sub", "rsub", "neg", "mul", "div", "mean", "select",
+                            "unbind"}
+_VALUES = {"item", "__bool__", "__float__", "__int__", "__index__", "__contains__"}
+_UNSCALE = "_amp_foreach_non_finite_check_and_unscale_"  # torch's GradScaler
+
+
+class _Operators(TorchDispatchMode):
+    """Calls look(operator, its name, its arguments) for all that a function of torch comes down to,
+    before each runs."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.look(op, _name(op), args)
+        return op(*args, **(kwargs or {}))
+
+
+@cache
+def _name(op) -> str:
+    """As in torch.ops.aten, without what says that it works in place or on a list of tensors."""
+    name = op._schema.name.split("::")[-1].removeprefix("_foreach_")
+    return name.removesuffix("_")
+
+
+@cache
+def _is_elementwise(op) -> bool:
+    packet = getattr(torch.ops.aten, _name(op), None)
+    on_lists = "::_foreach_" in op._schema.name
+    overloads = ("default", "Tensor", "Scalar") if on_lists else (op._overloadname,)
+    tags = [getattr(packet, overload).tags
+            for overload in overloads if packet and overload in packet.overloads()]
+    return any(torch.Tag.pointwise in t and torch.Tag.data_dependent_output not in t for t in tags)
+
+
+def _reduction(op, args) -> int | None:
+    """0, 1 or 2 of a loss function: none, mean or sum. Functions that have none: None."""
+    names = [arg.name for arg in op._schema.arguments]
+    if "reduction" not in names:
+        return None
+    position = names.index("reduction")
+    return args[position] if position < len(args) else 1
+
+
+class Marked(Tensor):
+    """A tensor whose class tells where it came from. What is computed from it is marked, too, but
+    for what is written into another tensor in place."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.autograd.backward, torch.autograd.grad):
+            return func(*tree_map(unmarked, args), **tree_map(unmarked, kwargs))
+        kind = max((t for t in types if issubclass(t, Marked)), key=lambda t: t.precedence)
+        name = getattr(func, "__name__", "").removeprefix("linalg_")
+        with torch._C.DisableTorchFunctionSubclass():
+            given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if kind is GradSlice and torch.is_grad_enabled() and any(
+                    x.requires_grad for x in given):
+                kind = ParamSlice  # a gradient that a loss weights parameters with, for instance
+            result, mark = kind.call(name, func, args, kwargs, given)
+            return tree_map(lambda x: x.as_subclass(mark) if type(x) is Tensor and mark.marks(x)
+                            and not any(x is arg for arg in given) else x, result)
+
+    @classmethod
+    def marks(cls, result: Tensor) -> bool:
+        """Whether a result is marked: of what is to be differentiated, only what has a graph."""
+        return result.requires_grad
+
+    def backward(self, *args, **kwargs):
+        self.as_subclass(Tensor).backward(*args, **kwargs)
+
+    def __format__(self, spec):
+        return format(self.as_subclass(Tensor), spec)
+
+    def __reduce_ex__(self, protocol):
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)  # what is saved is plain
+
+    def __deepcopy__(self, memo):
+        return memo.setdefault(id(self), self.clone())
+
+
+class _Slice(Marked):
+
+    @classmethod
+    def call(cls, name, func, args, kwargs, given):
+        """(result, what it is): of the function's operators, those that do not fit are refused."""
+        summed: list[str] = []
+        if name in ("__repr__", "__get__", "__set__"):
+            return func(*args, **kwargs), cls
+
+        def look(op, base, op_args):
+            reduction = _reduction(op, op_args)
+            adds_up = base in _SUMS or reduction == 2
+            if base in _VIEWS:
+                fits = True
+            elif adds_up:
+                fits = cls.may_be_summed
+            elif base in _PICKS:
+                fits = cls.may_be_picked()
+            else:
+                fits = _is_elementwise(op) or reduction == 0 or base in _WRITES
+            if not fits or (summed and base not in _VIEWS):
+                cls.refuse(name)
+            summed.extend([base] * adds_up)
+
+        if name == _UNSCALE or (name in _VALUES and not cls.may_be_summed):
+            cls.refuse(name)
+        try:
+            with _Operators(look):
+                result = func(*args, **kwargs)
+        except Refused:
+            raise
+        except (RuntimeError, IndexError) as error:  # as where sizes do not fit a slice's
+            cls.refuse(name, error)
+        return result, PartOfSum if summed else cls
+
+
+class Refused(RuntimeError):
+    """What would take a slice for the whole."""
+
+
+class GradSlice(_Slice):
+    """This rank's slice of a gradient, or what was computed from it, element by element."""
+
+    precedence, may_be_summed = 0, False
+
+    @classmethod
+    def marks(cls, result):
+        return True
+
+    @classmethod
+    def may_be_picked(cls):
+        return True
+
+    @classmethod
+    def refuse(cls, name, cause=None):
+        if name == _UNSCALE:
+            raise Refused(
+                "torch.amp.GradScaler sees only this rank's slice of the gradients: use "
+                "zero_ref.GradScaler(model) instead, which takes the same arguments otherwise")
+        raise Refused(
+            f"`{name.strip('_')}` of a gradient's slice is not that of the gradient, and this "
+            "rank has no more of it: use model.clip_grad_norm_(max_norm), which returns the "
+            "global norm and clips by it (math.inf: does not clip), or "
+            "model.grads_are_finite(), which asks all ranks") from cause
+
+
+class ParamSlice(_Slice):
+    """Computed element by element from slices of parameters, for a loss."""
+
+    precedence, may_be_summed = 1, True
+
+    @classmethod
+    def may_be_picked(cls):
+        return not torch.is_grad_enabled()
+
+    @classmethod
+    def refuse(cls, name, cause=None):
+        raise Refused(
+            f"`{name.strip('_')}` of a parameter's slice, which is all that this rank has of "
+            "it, is not that of the parameter. In a loss, sums of squares or of absolute "
+            "values are right, for every rank adds its part: `p.square().sum()`; a norm or a "
+            "mean can be had at stage 0, of the module's own parameters at stages 1 and 2, and "
+            "without a gradient of those inside `with model.full_params():` at every stage"
+        ) from cause
+
+
+class PartOfSum(Marked):
+    """This rank's part of a sum over parameters, alone or added to a loss."""
+
+    precedence = 2
+
+    @classmethod
+    def call(cls, name, func, args, kwargs, given):
+        factors = sum(x.requires_grad for x in given)
+        wrong = [x for x in given if isinstance(x, _Slice) or getattr(x, "_is_slice", False)]
+
+        def look(op, base, op_args):
+            if base not in _LINEAR or (base in ("mul", "div") and factors > 1) or (
+                    base == "div" and any(isinstance(x, cls) for x in op_args[1:])):
+                wrong.append(base)
+
+        with _Operators(look):
+            result = func(*args, **kwargs)
+        if wrong and any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(result)):
+            raise Refused(
+                f"`{name.strip('_')}` of a sum over parameters, of which this rank has only its "
+                "part, is not that of the whole sum, unless it adds it to something or scales it. "
+                "In a loss, sums of squares or of absolute values are right as they are; for a "
+                "root or a product of one use stage 0, or the module's own parameters at stages 1 "
+                "and 2; to look at a loss, use loss.detach() or loss.item()")
+        return result, cls
+
+
+def unmarked(x):
+    return x.as_subclass(Tensor) if isinstance(x, Marked) else x
