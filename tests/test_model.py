@@ -604,6 +604,29 @@ def test_a_checkpoint_around_several_units():
     compare(Checkpointed, (Odd, Layer))
 
 
+def test_nothing_of_a_checkpoint_is_kept_after_backward():
+    """What it has recomputed is freed with its graph, whenever Python's collector comes."""
+    def run(stage):
+        model = zero_ref.wrap(Checkpointed(), stage, units=(Odd, Layer))
+        kept = []
+
+        def watch(module, args, output):
+            output.grad_fn.metadata["watched"] = watched = nn.Identity()
+            kept.append(weakref.ref(watched))
+
+        for layer in model.module.layers:
+            layer.register_forward_hook(watch)
+        gc.disable()
+        try:
+            model(data(0, 0)).square().mean().backward()
+            return len(kept), sum(watched() is not None for watched in kept)
+        finally:
+            gc.enable()
+
+    for by_stage in toy.ranks(lambda: [run(stage) for stage in STAGES], 2):
+        assert by_stage == [(7, 0)] * 4  # recomputing stops where nothing more is needed
+
+
 # ---- a parameter read outside of its unit --------------------------------------------------------
 
 

@@ -62,7 +62,8 @@ class Calls:
         self.open: list[Call] = []  # those whose forward is running, the innermost last
 
     def begin(self, module: nn.Module, inputs: list[Tensor], recomputing: bool) -> Mark:
-        self.open.append(Call(module, inputs))
+        # A recomputed call is never asked, so it need not hold the graph before it.
+        self.open.append(Call(module, [] if recomputing else inputs))
         if not recomputing:
             self.of[module].add(self.open[-1])
         return self.open[-1].mark

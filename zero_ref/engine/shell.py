@@ -162,8 +162,9 @@ class Shell(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside, backward sends nothing and accumulates local gradients, a full set of them at
-        every stage. The first backward outside reduces the sum; `model.zero_grad()` drops it."""
+        """Inside, backward reduces nothing and accumulates local gradients, a full set of them at
+        every stage; stage 3 goes on to gather parameters. The first backward outside reduces the
+        sum; `model.zero_grad()` drops it."""
         before, self._sync = self._sync, False
         try:
             yield
