@@ -382,6 +382,7 @@ WRONG = {
     "matrix": lambda p: (p @ torch.ones(1000)).sum(), "spread": lambda p: (p - p.sum()).abs().sum(),
     "of the data's": lambda p: torch.ones((), requires_grad=True) * p.square().sum(),
     "sum and more": lambda p: F.pairwise_distance(p, p.detach() + 1),
+    "mean of a sum": lambda p: F.kl_div(p, p.detach().abs(), reduction="batchmean"),
     "cosine": lambda p: F.cosine_similarity(p, p.detach(), dim=0),
 }
 
