@@ -340,8 +340,8 @@ _TO_THE_RIGHT = ("In this ring every rank sends to its right neighbour, (rank + 
 _NOBODY_SENDS = ("In each round a message goes from a rank to its right neighbour, so what a rank "
                  "receives comes from its left one.")
 
-_FLOAT64 = ("In float64 an addition rounds differently. The bits that are asked for are those of "
-            "the buffer's own dtype.")
+_FLOAT64 = ("In float64 an addition rounds differently. The target is the bits of the buffer's own "
+            "dtype.")
 _TWICE = "Your own part of the slice is in the sum twice."
 
 ON_COLLECTIVES = {
@@ -354,17 +354,17 @@ ON_COLLECTIVES = {
                     "to the slice that you return. It must be the last one that you add to. Which "
                     "slice do you send in the first round, if its journey is to end at its owner "
                     "after world_size - 1 rounds?"),
-            Mistake(_replaces, "What arrives takes the place of your own values. In a "
-                    "reduce-scatter it has to be added to them; taking their place is all-gather."),
+            Mistake(_replaces, "What arrives replaces your own values. In a reduce_scatter, it has "
+                    "to be added to them; in an all_gather, it replaces them."),
             Mistake(_one_round_too_many, "One round too many: after world_size - 1 rounds every "
                     "rank has added to a slice, and a further round adds something twice."),
             Mistake(_one_round_too_few, "A slice has to pass through all ranks: that takes "
                     "world_size - 1 rounds."),
             Mistake(_in_place, "The result is right, but `flat` has changed: the chunks are views "
                     "of it. Work on a copy."),
-            Mistake(_direct_reduce_scatter, "The sum is right and the bytes are, but that is "
-                    "direct exchange: in a ring a rank sends to its right neighbour only, in "
-                    "world_size - 1 rounds."),
+            Mistake(_direct_reduce_scatter, "The sum and the bytes are right, but that is direct "
+                    "exchange: in a ring a rank sends to its right neighbour only, in world_size - "
+                    "1 rounds."),
             Mistake(_passes_its_own_on, "You send this rank's original values on. What travels is "
                     "the sum so far: send the slice that you have just added to."),
             Mistake(_mean_around, "That is the mean. A reduce_scatter sums; whoever wants the mean "
@@ -385,9 +385,9 @@ ON_COLLECTIVES = {
     "1.2": Exercise(
         "a function (own, rank, world_size, exchange) → everyone's slices, in rank order",
         _observe_ring_all_gather, ring_all_gather, [
-            Mistake(_gather_to_all, "The result is right and the bytes are, but that is direct "
-                    "exchange: in a ring a rank sends to its right neighbour only, in "
-                    "world_size - 1 rounds."),
+            Mistake(_gather_to_all, "The result and the bytes are right, but that is direct "
+                    "exchange: in a ring a rank sends to its right neighbour only, in world_size - "
+                    "1 rounds."),
             Mistake(_always_its_own, "You send your own slice in every round, so your right "
                     "neighbour gets it again and again. From the second round on, pass on what has "
                     "just arrived."),
@@ -407,15 +407,15 @@ ON_COLLECTIVES = {
         "a function (flat, rank, world_size, exchange) → this rank's slice of the sum, in rank "
         "order",
         _observe_sum_in_rank_order, sum_in_rank_order, [
-            Mistake(ring_reduce_scatter, "That is the ring, which adds up each slice in another "
-                    "order. Receive everybody's part of your slice first, then add, from rank 0 "
-                    "on."),
-            Mistake(_own_first, "You begin with your own part, so every rank adds in another "
-                    "order. Begin with rank 0's, and take your own when its turn has come."),
+            Mistake(ring_reduce_scatter, "That is the ring, which adds up each slice in a "
+                    "different order. Receive everybody's part of your slice first, then add, from "
+                    "rank 0 on."),
+            Mistake(_own_first, "You begin with your own part, so every rank adds in a different "
+                    "order. Begin with rank 0's, and take your own when its turn comes."),
             Mistake(_whole_buffers, "The sum is right, but everyone sends its whole buffer to "
                     "everyone. Rank r needs only slice r of it."),
-            Mistake(_own_slice_to_all, "You send your slice `rank` to everyone. What rank r is to "
-                    "add up is slice r: send it that one."),
+            Mistake(_own_slice_to_all, "You send your slice `rank` to everyone. Rank r adds up "
+                    "slice r: send it your slice r."),
             Mistake(_whole_buffers_to_slices, "Rank r needs slice r of your buffer, and has made "
                     "room for that alone.", "has made room for"),
             Mistake(_without_own_part, "Your own part is not sent to anybody, so it does not "
@@ -424,7 +424,7 @@ ON_COLLECTIVES = {
             Mistake(_in_float64, _FLOAT64),
             Mistake(_own_part_twice, _TWICE),
             Mistake(_own_part_first_and_in_its_turn, _TWICE),
-            Mistake(_without_its_own, "Your own part of the slice is missing in the sum."),
+            Mistake(_without_its_own, "Your own part of the slice is missing from the sum."),
         ],
         {"the result": "Add from left to right: rank 0's part, then rank 1's, and so on.",
          "rounds": "One round is enough: everyone sends to everyone at once.",

@@ -325,10 +325,10 @@ ON_NUMBERS = {
                     "gradients have 2 bytes, and the optimizer keeps three values of 4."),
             Mistake(_only_equal, "Stage 3 cuts the gradients, too: what stage 2 has cut stays "
                     "cut."),
-            Mistake(_gigabytes, "Right, but in gigabytes. Asked for are bytes."),
-            Mistake(_all_ranks, "That is the sum over all ranks. Asked for is one rank's."),
-            Mistake(_params_before_grads, "The order of the stages: optimizer states first, then "
-                    "gradients, then parameters."),
+            Mistake(_gigabytes, "Right, but in gigabytes. The answer has to be in bytes."),
+            Mistake(_all_ranks, "That is the sum over all ranks. The answer is for one rank."),
+            Mistake(_params_before_grads, "The stages cut optimizer states first, then gradients, "
+                    "then parameters."),
         ],
         {f"7.5 B on 64 ranks, stage {stage}": "Add up 2 + 2 + 12 bytes for each parameter, and "
          "divide what this stage cuts by world_size." for stage in range(4)}, (1,)),
@@ -344,13 +344,13 @@ ON_NUMBERS = {
                     "bound may be larger than numel."),
             Mistake(_only_the_end_is_cut, "An empty slice must not begin beyond the end, and its "
                     "begin must not be larger than its end: neither bound may exceed numel."),
-            Mistake(_inclusive, "`end` is the first element that is not this rank's any more, as "
-                    "in flat[begin:end]."),
-            Mistake(_evenly, "That spreads the remainder over the ranks. A collective wants equal "
+            Mistake(_inclusive, "`end` is the first element that no longer belongs to this rank, "
+                    "as in flat[begin:end]."),
+            Mistake(_evenly, "That spreads the remainder over the ranks. A collective needs equal "
                     "slices: all have ceil(numel / world_size) elements, and the last ones what is "
                     "left."),
             Mistake(_first_ones_get_one_more, "That gives the first ranks one element more. A "
-                    "collective wants equal slices: all have ceil(numel / world_size) elements, "
+                    "collective needs equal slices: all have ceil(numel / world_size) elements, "
                     "and the last ones what is left."),
             Mistake(_begin_and_size, "The second number is the end, not the size."),
         ],
@@ -385,16 +385,16 @@ ON_NUMBERS = {
          "the buffer requires a gradient": "Copy p.data, not p: the buffer has no gradient."}),
     "7.1": Exercise(
         "a function (grads, group) → the norm", _observe_norm, global_norm, [
-            Mistake(_local, "That is the norm of this rank's slices. Each rank would clip by "
-                    "another one, and the weights would no longer be the same model's."),
+            Mistake(_local, "That is the norm of this rank's slices. Each rank would clip by a "
+                    "different norm, and the weights would no longer belong to one model."),
             Mistake(_sum_of_norms, "You add up norms. Norms do not add up: their squares do. Sum "
                     "the squares over the ranks first, and take the root last."),
             Mistake(_without_root, "The root is missing."),
-            Mistake(_mean, "The sum of squares is not to be divided by the number of ranks: every "
+            Mistake(_mean, "The sum of squares must not be divided by the number of ranks: every "
                     "element is on exactly one rank."),
             Mistake(_norm_per_parameter, "Within a rank, too, the squares are added up, not the "
                     "norms of the parameters."),
-            Mistake(_skips_when_empty, "Every rank takes part in the all_reduce, also one that "
+            Mistake(_skips_when_empty, "Every rank takes part in the all_reduce, even one that "
                     "owns nothing at all.", "stuck"),
         ],
         {"the gradients are as they were": "The gradients themselves must not be changed."}),

@@ -585,30 +585,30 @@ _WAIT = {
     "something was sent through zero_ref.comm": "Nothing was sent through zero_ref.comm. (Its sums "
     "are in rank order. Those of torch.distributed are not, and are not counted here.)"}
 _GRADS = {**_WAIT,
-          "gradients": "The optimizer wants the mean of the ranks' gradients in unit.owned.grad.",
+          "gradients": "The optimizer needs the mean of the ranks' gradients in unit.owned.grad.",
           "bytes sent": "One all_reduce of the unit's gradients: 2·(N-1)/N of their bytes.",
           "collectives": "One all_reduce for each unit."}
 _STEP = {**_WAIT, "bytes of optimizer states": "The optimizer keeps states for what it is given: "
          "unit.owned, which is what `own` returns.",
-         "bytes of gradients": "A tensor keeps its whole storage alive, also if it is a view of a "
-         "part of it.",
+         "bytes of gradients": "A tensor keeps its whole storage alive, even if it is a view of "
+         "only a part.",
          "bytes sent": "Go through your step: which collectives, of how many elements each?",
          "collectives": "Which collectives does the target allow, and how often?",
-         "weights": "All that is held and sent is right, but the weights are not stage 0's. Is it "
-         "the mean? Is it this rank's own slice?"}
+         "weights": "What is held and sent is right, but the weights are not stage 0's. Does the "
+         "optimizer get the mean, and of this rank's own slice?"}
 
 _NOT_ALL = "stuck|is missing|diverge"
-_SOME = ("A collective takes all ranks. Here some of them come to one, while others have left it "
-         "out or are at another.")
+_SOME = ("Every rank must take part in a collective. Here some ranks reach one, while others have "
+         "skipped it or are at another.")
 _SWAPPED = ("The buffers of a collective have the wrong sizes. Its first argument is what it "
             "fills: a whole buffer in an all_gather, and a slice in a reduce_scatter.")
 _SIZES = r"tensor a \(\d+\) must match the size of tensor b|refer to a single memory location"
-_COPY = ("The optimizer updates a copy. What the others get after the step is unit.shard, in which "
-         "nothing has changed.")
+_COPY = ("The optimizer updates a copy. After the step the others get unit.shard, in which nothing "
+         "has changed.")
 _ELSEWHERE = ("unit.flat is something else now, but its memory is still there: the layer's "
-              "parameters are views of it. It is this memory that has to become empty.")
-_DELETED = ("Nothing is freed. (`del` takes a name away, and not the memory: that stays for as "
-            "long as something refers to it, and the layer's parameters are views of it.)")
+              "parameters are views of it. This memory has to become empty.")
+_DELETED = ("Nothing is freed. (`del` removes a name, not the memory. The memory stays as long as "
+            "something refers to it, and the layer's parameters are views of it.)")
 _SHAPE = ("resize_ of a tensor changes its shape. The memory stays as it is: it belongs to the "
           "tensor's storage.")
 
@@ -621,7 +621,7 @@ def _alone_in_a_barrier(answer: type, method: str) -> Mistake:
         return getattr(answer, method)(self, *args)
 
     return Mistake(type("_AloneInABarrier", (answer,), {method: with_barrier}),
-                   "A barrier takes all ranks, as a collective does. The one that comes to it "
+                   "Every rank must call a barrier, as it must a collective. A rank that calls it "
                    "alone waits there, and the others wait for it in their next collective.",
                    r"stuck.*barrier\(")
 
@@ -633,23 +633,23 @@ ON_STAGES = {
             Mistake(_FromEachRank, "Nothing was sent, so each rank begins with its own random "
                     "weights. Everyone has to get rank 0's."),
             Mistake(_AverageAtStart, "All ranks begin with the same weights, but with the mean of "
-                    "random ones, which nobody has chosen. Everyone is to get rank 0's."),
-            Mistake(_ShardFromEach, "All ranks begin with the same weights, but each slice is "
-                    "another rank's. Everyone is to get rank 0's: broadcast."),
+                    "random ones, which nobody chose. Everyone has to get rank 0's."),
+            Mistake(_ShardFromEach, "All ranks begin with the same weights, but each slice comes "
+                    "from a different rank. Everyone has to get rank 0's: broadcast."),
             Mistake(_NamesTheUnit, "unit= takes a name, unit.name, and not the unit itself.",
                     "object at 0x"),
             Mistake(_SameSeed, "All ranks begin with the same weights, but they have drawn new "
-                    "ones, and nobody has sent anything. Rank 0's own, which may come from a "
-                    "file, are lost.",
+                    "ones, and nothing was sent. Rank 0's own weights, which may come from a file, "
+                    "are lost.",
                     by=("something was sent through zero_ref.comm", "whose weights it has")),
             _alone_in_a_barrier(small.Stage0, "start"),
-            Mistake(_OnlyRank0Broadcasts, "A broadcast is a collective: all ranks call it, those "
-                    "that receive as well.", _NOT_ALL),
+            Mistake(_OnlyRank0Broadcasts, "A broadcast is a collective: all ranks call it, "
+                    "including those that receive.", _NOT_ALL),
             Mistake(_BroadcastsACopy, "What arrives is thrown away: the collective has to write "
                     "into unit.flat itself, of which the module's parameters are views."),
         ],
         {**_WAIT, "bytes sent": "Rank 0 sends unit.flat, all of it, to each of the others.",
-         "weights": "After wrapping, every rank's module is to have rank 0's values.",
+         "weights": "After wrapping, every rank's module must have rank 0's values.",
          "collectives": "One broadcast for each unit.",
          "unit.flat is still the buffer": "unit.flat has to stay the buffer: a collective writes "
          "into it, and wait() returns nothing."}),
@@ -660,13 +660,13 @@ ON_STAGES = {
                     "rate N times as large. Divide by world_size: divide_by=…"),
             Mistake(_Local, "Nothing was sent: each rank would follow its own images only."),
             Mistake(_DividedTwice, "Divided twice by the number of ranks."),
-            Mistake(_DividedBefore, "That is right but for rounding: divided before the sum, each "
-                    "part is rounded. Divide once, after the sum: divide_by=…"),
+            Mistake(_DividedBefore, "That is right except for rounding: dividing before the sum "
+                    "rounds each part. Divide once, after the sum: divide_by=…"),
             Mistake(_DividedByFour, "On four ranks that is right. Divide by self.world_size."),
             Mistake(_Rank0sGradients, "Now all have rank 0's gradient, and the images of the "
-                    "others count for nothing. What is wanted is the mean of all."),
-            Mistake(_SumsTheParameters, "That averages the parameters, which are equal anyway. It "
-                    "is `grad` in which the ranks differ."),
+                    "others count for nothing. The target is the mean over all ranks."),
+            Mistake(_SumsTheParameters, "That averages the parameters, which are equal anyway. The "
+                    "ranks differ in `grad`."),
             Mistake(_CopiesIntoNone, "unit.owned.grad is None until you assign it.",
                     "'NoneType' object has no attribute"),
             Mistake(_NotDelivered, "The mean is computed, but the optimizer does not get it: it "
@@ -683,8 +683,8 @@ ON_STAGES = {
                     "for all of it. Let `own` return this rank's shard."),
             Mistake(_NothingGathered, "Each rank has updated its own slice, and nobody has told "
                     "the others. Gather the parameters after the step."),
-            Mistake(_GathersGradients, "You gather gradients. What the others need is what the "
-                    "optimizer has made of them: the updated parameters."),
+            Mistake(_GathersGradients, "You gather gradients. The others need what the optimizer "
+                    "has computed from them: the updated parameters."),
             Mistake(_Rank0sSlice, "Every rank takes the first slice of the gradient. It has to be "
                     "the slice of `self.rank`."),
             Mistake(_BroadcastsInstead, "A broadcast sends rank 0's version of everything, in "
@@ -720,13 +720,13 @@ ON_STAGES = {
     "5.1": Exercise(
         "a class like small.Stage2, with a method reduce", _observe_stage_2, small.Stage2, [
             Mistake(_StillAView, "The slice is a view of the full buffer, and keeps all of it "
-                    "alive: by memory that is stage 1. Let the sum arrive in memory of its own."),
-            Mistake(_KeepsTheFullOne, "Somebody still refers to the full gradient, so its memory "
+                    "alive: that needs stage 1's memory. Let the sum arrive in memory of its own."),
+            Mistake(_KeepsTheFullOne, "Something still refers to the full gradient, so its memory "
                     "stays."),
             Mistake(_Stage2Sum, "That is the sum of the gradients. Divide by the number of ranks: "
                     "divide_by=…"),
-            Mistake(_EmptiesTheGradient, "The result has gone together with the buffer in which it "
-                    "was. It needs memory of its own before the buffer is emptied."),
+            Mistake(_EmptiesTheGradient, "The result was freed together with the buffer that held "
+                    "it. It needs memory of its own before the buffer is emptied."),
             Mistake(_AllReduceThenCopy, "The memory is right, but all_reduce sends twice what "
                     "reduce_scatter sends, for slices that you throw away."),
             Mistake(_Stage2ScattersIntoTheGradient, _SWAPPED, _SIZES),
@@ -760,30 +760,30 @@ ON_STAGES = {
             Mistake(_ShardedGathersIntoTheShard, _SWAPPED, _SIZES),
             Mistake(_PointsElsewhere, "You point the parameters elsewhere, but the flat buffer is "
                     "still there, and so is what autograd has saved of it. Empty its storage."),
-            Mistake(_FreesNothing, "Zeros take as much memory as other numbers. It is the storage "
-                    "that has to become empty."),
+            Mistake(_FreesNothing, "Zeros take as much memory as other numbers. The storage has to "
+                    "become empty."),
             Mistake(_NoMemory, "The storage is empty when the gather writes into it: first give it "
                     "its memory back.", r"storage of size 0\b"),
             Mistake(_TooLittleMemory, "resize_ counts bytes, not elements: an element of fp32 has "
                     "4.", "out of bounds for storage"),
-            Mistake(_NothingSent, "The memory is there, but nobody has sent anything."),
+            Mistake(_NothingSent, "The memory is there, but nothing was sent."),
         ],
         {**_WAIT, "the flat buffer after gather": "All slices, each from its owner's shard.",
          "bytes of the flat buffer after free": "The storage of the flat buffer has to become "
          "empty; the buffer itself stays."}),
     "6.2": Exercise(
         "a class like small.Stage3, with its four hooks", _observe_hooks, small.Stage3, [
-            Mistake(_KeptAfterForward, "The units stay there from forward to backward, so at the "
-                    "end of forward all of them are. Free each after its forward, and gather it "
-                    "again before its backward."),
-            Mistake(_NoReshardAfterForward, "The units stay there from forward to backward, so at "
-                    "the end of forward all of them are. Free each after its forward, and gather "
-                    "it again before its backward."),
+            Mistake(_KeptAfterForward, "The units stay gathered from forward to backward, so all "
+                    "of them are held in full at the end of forward. Free each after its forward, "
+                    "and gather it again before its backward."),
+            Mistake(_NoReshardAfterForward, "The units stay gathered from forward to backward, so "
+                    "all of them are held in full at the end of forward. Free each after its "
+                    "forward, and gather it again before its backward."),
             Mistake(_KeptAfterBackward, "Backward leaves its units behind in full. Free each when "
                     "its gradients have been reduced."),
             Mistake(_GathersAfterTheStep, "After the step there is nothing to send: every unit is "
                     "gathered in the next forward anyway."),
-            Mistake(_NotGatheredForBackward, "A unit computes while its parameters are not there. "
+            Mistake(_NotGatheredForBackward, "A unit computes while its parameters are freed. "
                     "Forward needs them, and backward needs them again, on every rank.",
                     "out of bounds for storage|SIGSEGV|SIGBUS"),
             Mistake(_HookIsCalled, "A hook is called later, with the gradient. This one was called "
@@ -795,8 +795,8 @@ ON_STAGES = {
                     "takes no hook.", "hook on a tensor that doesn't require"),
         ],
         {**_STEP,
-         "bytes of optimizer states": "The optimizer gets no gradient, or another one: what stage "
-         "2 does in reduce has to be done, too.",
+         "bytes of optimizer states": "The optimizer gets no gradient, or a wrong one: `reduce` "
+         "also has to do what it does at stage 2.",
          "most full units at one time": "Without prefetching one unit is enough: the one that "
          "computes."}),
 }

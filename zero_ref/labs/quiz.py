@@ -28,14 +28,14 @@ QUESTIONS: dict[str, Question] = {
               "and update the whole model by itself.",
          "c": "A gradient has one element for each parameter, however many ranks take part in the "
               "mean.",
-         "d": "What arrives from other ranks is added up. Nothing is kept once per sender."}),
+         "d": "What arrives from other ranks is added up, not kept for each sender."}),
     "0.q2": Question(
         "A net is trained in the paper's mixed precision, but with SGD with momentum in place of "
         "Adam. How many bytes of model states does one parameter take, without sharding?",
         {"a": "6", "b": "8", "c": "12", "d": "16"},
         "c",
-        {"a": "This has everything in 16 bits. An optimizer that updates 16-bit numbers loses its "
-              "small updates.",
+        {"a": "This counts everything in 16 bits. An optimizer that updates 16-bit numbers loses "
+              "its small updates.",
          "b": "Momentum needs one value per parameter, but the optimizer keeps something else in "
               "32 bits, too: what does it add the update to?",
          "d": "That is the sum for Adam, which keeps two running averages. How many does momentum "
@@ -46,11 +46,11 @@ QUESTIONS: dict[str, Question] = {
         {"a": "Stage 1", "b": "Stage 2", "c": "Stage 3",
          "d": "None: a parameter takes 16 bytes at every stage."},
         "b",
-        {"a": "Stage 1 divides only the 12 bytes of the optimizer states. What do the others add "
-              "up to?",
+        {"a": "Stage 1 divides only the 12 bytes of the optimizer states. What do parameters and "
+              "gradients add up to?",
          "c": "Stage 3 does fit. But what does a lower stage approach as the number of ranks "
               "grows?",
-         "d": "All ranks together always keep at least 16 bytes per parameter, but here it matters "
+         "d": "All ranks together always keep at least 16 bytes per parameter, but the question is "
               "what one of them keeps."}),
     "0.q4": Question(
         "You double the batch of every rank and change nothing else. Which of these take more "
@@ -60,7 +60,7 @@ QUESTIONS: dict[str, Question] = {
          "c": "The optimizer states and the activations, since Adam averages over the samples.",
          "d": "The activations alone."},
         "d",
-        {"a": "Parameters belong to the model: they are there before anybody has seen a sample.",
+        {"a": "Parameters belong to the model: they exist before any sample is seen.",
          "b": "The gradients of all samples are added up while they are computed, into one element "
               "per parameter.",
          "c": "Adam averages over steps. It keeps the same number of values per parameter whatever "
@@ -89,8 +89,8 @@ QUESTIONS: dict[str, Question] = {
          "d": "It grows to eight times what it was."},
         "c",
         {"a": "The slices become smaller, but each rank has to send more of them.",
-         "b": "Nearly so. But there is a slice that a rank need not send, and with more ranks it "
-              "is a smaller part of the buffer.",
+         "b": "Nearly. But there is one slice that a rank need not send, and with more ranks this "
+              "slice is a smaller part of the buffer.",
          "d": "This would be right if every rank sent the whole buffer to every other. How much of "
               "the buffer does one rank send to one other?"}),
     "1.q2": Question(
@@ -113,11 +113,11 @@ QUESTIONS: dict[str, Question] = {
          "c": "They are told at once that rank 3 has left, by an error in backward.",
          "d": "They wait for rank 3 in their first collective, until a timeout ends it."},
         "d",
-        {"a": "A collective takes all ranks of its group. Nobody tells the others to go on without "
-              "one of them.",
-         "b": "Zeros, too, would have to be sent by somebody, and rank 3 sends nothing.",
-         "c": "A rank that lives on in silence looks just like one that is slow. How could the "
-              "others tell?"}),
+        {"a": "A collective takes all ranks of its group. Nothing tells the others to go on "
+              "without one of them.",
+         "b": "Some rank would have to send the zeros, and rank 3 sends nothing.",
+         "c": "A silent rank looks just like a slow one. How could the others tell the "
+              "difference?"}),
     "1.q4": Question(
         "Four ranks sum a buffer of floating-point gradients, first around a ring and then in rank "
         "order. Which change can alter the last bits of an element's sum in the ring, but not in "
@@ -128,8 +128,8 @@ QUESTIONS: dict[str, Question] = {
          "d": "All gradients are rounded to 16 bits before they are added."},
         "b",
         {"a": "That adds one more number, which changes the sum in either order.",
-         "c": "Then the same numbers are added in another sequence in rank order as well.",
-         "d": "Then other numbers are added, in whatever order."}),
+         "c": "This changes the sequence of the numbers in rank order as well.",
+         "d": "Then different numbers are added, whatever the order."}),
     "1.q5": Question(
         "Eight ranks all-gather a buffer so small that a message takes the same time whatever its "
         "size. A rank's messages may be on their way at the same time. Which is faster, a ring or "
@@ -139,8 +139,9 @@ QUESTIONS: dict[str, Question] = {
          "c": "Direct exchange, because no message waits for another.",
          "d": "Neither, because a rank sends the same bytes in both."},
         "c",
-        {"a": "Count the slices that a rank sends: there are as many of them in either way.",
-         "b": "That saves connections. But can a rank pass on a slice that it has not got yet?",
+        {"a": "Count the slices that a rank sends: there are equally many in both.",
+         "b": "That saves connections. But can a rank pass on a slice that it has not received "
+              "yet?",
          "d": "The bytes are the same. But here they are not what takes the time."}),
 
     # ---- 2. Stage 0: data parallelism from hooks -------------------------------------------------
@@ -153,7 +154,7 @@ QUESTIONS: dict[str, Question] = {
         {"b": "The square root of the number of ranks comes from arguments about the noise of "
               "larger batches. Compare the two gradients themselves.",
          "c": "SGD multiplies the gradient as it is. Adam is the one that hides its size.",
-         "d": "That makes the step even larger. Which of the two gradients is the longer one?"}),
+         "d": "That makes the step even larger. Which of the two gradients is larger?"}),
     "2.q2": Question(
         "Rank 0 has 24 images and rank 1 has 8. Each takes the mean loss over its own images, and "
         "the gradients are averaged over the two ranks. How much does an image of rank 1 count in "
@@ -186,7 +187,7 @@ QUESTIONS: dict[str, Question] = {
          "c": "They grow from step to step, because each rank follows its own gradient.",
          "d": "They stay what they were, except for rounding."},
         "d",
-        {"a": "It is the gradients that are averaged. Nothing averages the weights.",
+        {"a": "Only the gradients are averaged. Nothing averages the weights.",
          "b": "The same gradient is subtracted on all ranks, but from different weights.",
          "c": "After the average there is one gradient, and all ranks follow it."}),
     "2.q5": Question(
@@ -197,10 +198,10 @@ QUESTIONS: dict[str, Question] = {
          "c": "One that is four times as long as a single rank's.",
          "d": "None: gradients that are equal on all ranks are refused."},
         "a",
-        {"b": "The ranks together have seen 8 different images, and no others can have shaped the "
+        {"b": "The ranks together have seen 8 different images, and only these can have shaped the "
               "gradient.",
          "c": "Four equal gradients are added up, but stage 0 does one more thing with the sum.",
-         "d": "Nobody compares the ranks' gradients, or their data. This mistake is silent."}),
+         "d": "Nothing compares the ranks' gradients, or their data. This mistake is silent."}),
 
     # ---- 3. The flat buffer ----------------------------------------------------------------------
     "3.q1": Question(
@@ -235,7 +236,7 @@ QUESTIONS: dict[str, Question] = {
         {"a": "That is about what a single rank keeps.",
          "c": "The module shows it in two places, but it is one tensor, whose gradient is the sum "
               "over both uses.",
-         "d": "That is how it is at stage 0, where every rank keeps states for every element."}),
+         "d": "That is the case at stage 0, where every rank keeps states for every element."}),
     "3.q4": Question(
         "A model's only unit has 8 elements in fp32, so on 4 ranks the slices of ranks 2 and 3 are "
         "empty. At zero_ref's stage 1 these two leave out `optimizer.step()`. What happens?",
@@ -245,7 +246,7 @@ QUESTIONS: dict[str, Question] = {
         "a",
         {"b": "They have nothing to update. But at stage 1 something else belongs to a step, and "
               "every rank is needed for that.",
-         "c": "They would have old weights. But what becomes of ranks 0 and 1, which do take the "
+         "c": "They would have old weights. But what happens to ranks 0 and 1, which do take the "
               "step?"}),
     "3.q5": Question(
         "An embedding has half of all parameters. Instead of cutting a flat buffer, you deal out "
@@ -289,7 +290,7 @@ QUESTIONS: dict[str, Question] = {
         {"a": "1 byte", "b": "2 bytes", "c": "4 bytes", "d": "5 bytes"},
         "a",
         {"b": "On 4 ranks, 2 bytes per parameter are a rank's share of Adam's averages. How many "
-              "are left of them on 8?",
+              "are left on 8?",
          "c": "That is what going from one rank to two would save.",
          "d": "That would be half of everything. Which part of it does stage 1 divide by the "
               "number of ranks?"}),
@@ -317,7 +318,7 @@ QUESTIONS: dict[str, Question] = {
               "slice?",
          "c": "Stage 1 keeps the whole buffer. A later stage frees it."}),
 
-    # ---- 5. Stage 2: gradients that vanish -------------------------------------------------------
+    # ---- 5. Stage 2: freeing gradients -----------------------------------------------------------
     "5.q1": Question(
         "A net has 12 equal units with u bytes of gradients each. Stage 2 runs on 4 ranks, without "
         "overlap and with a message per unit; the slices of all units keep their memory from step "
@@ -337,7 +338,7 @@ QUESTIONS: dict[str, Question] = {
         {"a": "That is what is left when backward has ended.",
          "b": "That is the embedding's full gradient. What else does the rank hold while it is "
               "being reduced?",
-         "c": "That is stage 1. Add up what there is at stage 2 while the embedding's gradient is "
+         "c": "That is stage 1. Add up what is held at stage 2 while the embedding's gradient is "
               "being reduced."}),
     "5.q3": Question(
         "Stage 2 accumulates 8 micro-batches. How many times as many bytes does a rank send per "
@@ -359,8 +360,7 @@ QUESTIONS: dict[str, Question] = {
         "c",
         {"a": "The optimizer's step comes after the whole backward.",
          "b": "Look at what is sent between backward and step: nobody gathers a gradient.",
-         "d": "What the chain rule hands on is the gradient of a unit's input, and not that of its "
-              "weights."}),
+         "d": "The chain rule passes on the gradient of a unit's input, not that of its weights."}),
     "5.q5": Question(
         "One version of stage 2 reduces each of 12 units in a message of its own during backward, "
         "another reduces all units in one message at the end. What is different?",
@@ -373,7 +373,7 @@ QUESTIONS: dict[str, Question] = {
          "b": "In both versions a rank sends all slices of every unit, except its own.",
          "c": "In both versions each element is divided once."}),
 
-    # ---- 6. Stage 3: gather, compute, release ----------------------------------------------------
+    # ---- 6. Stage 3: gather, compute, free -------------------------------------------------------
     "6.q1": Question(
         "After some steps of training you run one batch of validation under `torch.no_grad()`. How "
         "many elements does each rank send for it?",
@@ -382,8 +382,8 @@ QUESTIONS: dict[str, Question] = {
          "c": "Ψ·(N-1)/N at stage 1, and as many at stage 3.",
          "d": "2Ψ·(N-1)/N at stage 1, and 3Ψ·(N-1)/N at stage 3."},
         "b",
-        {"a": "There is no backward, it is true. But which parameters does a rank hold when a "
-              "forward begins at stage 3?",
+        {"a": "There is indeed no backward. But which parameters does a rank hold when a forward "
+              "begins at stage 3?",
          "c": "Stage 1 gathers its parameters after the optimizer's step, and here there is none.",
          "d": "That is what a step of training costs. Which of its collectives belong to "
               "forward?"}),
@@ -394,7 +394,7 @@ QUESTIONS: dict[str, Question] = {
         {"a": "Ψ", "b": "0.6Ψ", "c": "0.4Ψ", "d": "0"},
         "c",
         {"a": "That would be so if no unit were freed before the last one is gathered.",
-         "b": "These are the other units. Are they there in full while the largest one computes?",
+         "b": "These are the other units. Are they held in full while the largest one computes?",
          "d": "That is what the slices alone approach. But a unit does not compute with its "
               "slice."}),
     "6.q3": Question(
@@ -407,7 +407,7 @@ QUESTIONS: dict[str, Question] = {
          "d": "The process group, for the next all_gather."},
         "a",
         {"b": "The optimizer's list holds `p` itself, and so only what `p.data` is now.",
-         "c": "A gradient has memory of its own, in which no parameter lies.",
+         "c": "A gradient has its own memory, which holds no parameter.",
          "d": "A process group does not know whether gradients are computed, so it would hold the "
               "memory under `no_grad()`, too."}),
     "6.q4": Question(
@@ -443,8 +443,8 @@ QUESTIONS: dict[str, Question] = {
         "c",
         {"a": "This clips rank 0's slice by itself. If every rank did so, the gradient would point "
               "elsewhere.",
-         "b": "The largest norm of a slice is the norm of the whole for the maximum norm, and this "
-              "is the Euclidean one.",
+         "b": "Taking the largest norm of a slice is right for the maximum norm, but this is the "
+              "Euclidean one.",
          "d": "The norm of two slices put end to end is not the sum of their norms."}),
     "7.q2": Question(
         "The paper's mixed precision keeps 2 + 2 + 12 bytes per parameter, Adam in fp32 4 + 4 + 8. "
@@ -489,8 +489,7 @@ QUESTIONS: dict[str, Question] = {
          "d": "Three quarters of the weights."},
         "a",
         {"b": "That is so with DDP and at stage 0. What does a rank's optimizer see at stage 1?",
-         "c": "All ranks have taken the same number of steps, so that rank 0's count serves them "
-              "all.",
+         "c": "All ranks have taken the same number of steps, so rank 0's count serves them all.",
          "d": "`model.state_dict()` has all weights in full, on every rank."}),
 
     # ---- 8. Overlap: what bounds a step ----------------------------------------------------------
@@ -501,7 +500,7 @@ QUESTIONS: dict[str, Question] = {
         {"a": "4p", "b": "5p", "c": "6p", "d": "8p"},
         "b",
         {"a": "The unit that is gathered ahead needs its memory before the other one is freed.",
-         "c": "How many units are there in full without overlap, and how many are gathered ahead?",
+         "c": "How many units are held in full without overlap, and how many are gathered ahead?",
          "d": "The slices do not double. Take them away from 4p before you add anything."}),
     "8.q2": Question(
         "Think of ideal overlap: forward computes for f and backward for 2f, to send all "
@@ -551,7 +550,7 @@ QUESTIONS: dict[str, Question] = {
          "d": "Stage 1, because a rank updates a smaller part."},
         "d",
         {"a": "That is so on 2 ranks as well, where both take equally long. What has changed?",
-         "b": "They also do so on 2 ranks. Bytes alone do not decide how long a step takes.",
+         "b": "That is also true on 2 ranks. Bytes alone do not decide how long a step takes.",
          "c": "Messages are one part of a step. Is there another one that depends on the number of "
               "ranks, and at which stage?"}),
 
@@ -642,7 +641,7 @@ QUESTIONS: dict[str, Question] = {
         "c",
         {"a": "After the barrier rank 0 is alone again in whatever comes next.",
          "b": "Rank 0 waits for something that the others never send, however long it waits.",
-         "d": "It is not a message in flight that is in the way: one that should come does not."}),
+         "d": "No message in flight is in the way: a message that should come does not."}),
     "10.q4": Question(
         "On GPUs with NCCL you note the time, start the all_reduce of 1 GB with `async_op=True`, "
         "call `wait()` on what it returns and note the time again: 0.1 ms. How can that be?",
@@ -668,8 +667,8 @@ QUESTIONS: dict[str, Question] = {
          "d": "Between two steps, for instance at its data loader."},
         "d",
         {"a": "Then the last collective of rank 3 would be an all_gather in forward.",
-         "b": "A unit is reduced when it has its gradients, and rank 3 has come to that for unit "
-              "1.",
+         "b": "A unit is reduced when it has its gradients, and rank 3 has reached that point for "
+              "unit 1.",
          "c": "Then rank 3 would not be missing: the report would show what both of them are about "
               "to do."}),
 }
