@@ -13,7 +13,7 @@ from zero_ref import course
 
 
 def train(config: str, steps: int = 3) -> dict[str, float]:
-    """On this rank. Returns how many elements of parameters are there in full at one time in the
+    """On this rank. Returns how many elements of parameters are held in full at one time in the
     last forward, and its loss."""
     import deepspeed
 
