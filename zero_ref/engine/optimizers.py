@@ -22,13 +22,14 @@ from .slices import unmarked
 ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax,
                optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Rprop, optim.ASGD)
 
+_ELEMENTS = "zero_ref_elements"  # in each state: (begin, end) of what it belongs to
+
 
 def watch(model) -> list:
     """Check every optimizer that holds parameters of `model` before its step, and call
     `model._follow(units)` after it. Returns the hooks."""
     ref: Any = weakref.ref(model)
     around: Any = weakref.WeakKeyDictionary()  # by optimizer: hooks during its step
-    written: Any = weakref.WeakKeyDictionary()  # by optimizer: what its groups say
 
     def before(optimizer, args, kwargs):
         _refuse_foreign(ref(), optimizer)
@@ -36,7 +37,7 @@ def watch(model) -> list:
         if units:
             hide_local(units)
             _refuse_unreduced(optimizer, units)
-            written[optimizer] = _refuse_others_states(optimizer, written.get(optimizer, ()))
+            _refuse_others_states(optimizer)
             _refuse_moved(units)
         if units and ref().stage >= 1:
             _refuse_not_elementwise(ref(), optimizer)
@@ -52,6 +53,7 @@ def watch(model) -> list:
         for unit in units:  # a graph from before the step may not be differentiated any more
             torch.autograd.graph.increment_version(unit.params)
         if units:
+            _say_whose_states(optimizer)
             ref()._follow(units)
 
     return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
@@ -94,8 +96,12 @@ def _then_plain(units, value):
     return closure
 
 
+def _params_in(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 def _held_by(optimizer):
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return set(map(id, _params_in(optimizer)))
 
 
 def _units_in(model, optimizer):
@@ -126,29 +132,28 @@ def _refuse_unreduced(optimizer, units):
                     "outside of it; model.zero_grad() drops what was accumulated")
 
 
-def _refuse_others_states(optimizer, written):
-    """States fit the elements that they were made for. Each group says which these are, and what it
-    says is saved and loaded with the states. written: what the last step of this optimizer wrote
-    there; anything else has been loaded. Returns what this step has written."""
-    now = []
-    for group in optimizer.param_groups:
-        ours = [getattr(p, "_elements", None) for p in group["params"]]
-        theirs = group.get("zero_ref_elements", ours)
-        loaded = [] if any(theirs is own for own in written) else zip(group["params"], theirs, ours)
-        for p, of_state, own in loaded:
-            sizes = {value.numel() for value in optimizer.state.get(p, {}).values()
-                     if isinstance(value, torch.Tensor) and value.ndim} if theirs is ours else set()
-            if of_state != own or (own != "all" and not sizes <= {p.numel()}):
-                what = f"elements {of_state}" if of_state != own else f"{max(sizes)} elements"
-                raise RuntimeError(
-                    f"this {type(optimizer).__name__} has loaded states of {what} of a parameter, "
-                    f"and on this rank it updates elements {own}: load what "
-                    "optimizer.state_dict() gave on the same rank, with as many ranks and the same "
-                    "units, at stage 0 or at one of the stages 1 to 3")
-        now.append(ours)
-    for group, ours in zip(optimizer.param_groups, now):
-        group["zero_ref_elements"] = ours
-    return now
+def _refuse_others_states(optimizer):
+    """States fit the elements that they were made for. Each says which these are, and what it says
+    is saved and loaded with it."""
+    for p in _params_in(optimizer):
+        state, own = optimizer.state.get(p, {}), getattr(p, "_elements", None)
+        sizes = {value.numel() for value in state.values()
+                 if isinstance(value, torch.Tensor) and value.ndim}
+        of_state = state.get(_ELEMENTS, own)
+        if own is not None and (of_state != own or not sizes <= {p.numel()}):
+            what = (f"the elements from {of_state[0]} to {of_state[1]}" if of_state != own else
+                    f"{max(sizes)} elements")
+            raise RuntimeError(
+                f"this {type(optimizer).__name__} has loaded states of {what} of a parameter, and "
+                f"on this rank it updates the elements from {own[0]} to {own[1]}: load what "
+                "optimizer.state_dict() gave on the same rank, with as many ranks and the same "
+                "units, at stage 0 or at one of the stages 1 to 3")
+
+
+def _say_whose_states(optimizer):
+    for p in _params_in(optimizer):
+        if optimizer.state.get(p) and hasattr(p, "_elements"):
+            optimizer.state[p][_ELEMENTS] = p._elements
 
 
 def _refuse_moved(units):

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .local import refuse_local
 from .slices import GradSlice, ParamSlice
 
+_SET_GRAD = Tensor.grad.__set__  # type: ignore[attr-defined]
+
 
 class MasterParameter(nn.Parameter):
     """A parameter of `model.parameters()`. Its gradient is set, not accumulated by autograd."""
@@ -33,6 +35,8 @@ class MasterParameter(nn.Parameter):
                 return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
+            if func == _SET_GRAD and args[0]._is_slice and type(args[1]) is Tensor:
+                args = args[0], args[1].as_subclass(GradSlice)
             leaves = [] if name in ("__get__", "__set__") else tree_leaves((args, kwargs))
             refuse_local(leaves)
             in_place = name.endswith("_") and not name.endswith("__")
@@ -73,7 +77,7 @@ def master_parameter(view: Tensor, original: nn.Parameter, span: tuple[int, int]
     p = MasterParameter(view, requires_grad=original.requires_grad)
     p.__dict__.update(original.__dict__)
     p._original, p._is_slice = original, span is not None
-    p._elements = "all" if span is None else f"{span[0]} to {span[1]}"
+    p._elements = (0, original.numel()) if span is None else span
     return p
 
 

@@ -41,7 +41,7 @@ class Placeholder(nn.Parameter):
             "(which is under no_grad), and model.state_dict() instead of the module's; for a "
             "gradient with respect to it, as torch.autograd.grad gives, use stage 2. If another "
             "module's forward reads it, leave its module out of `units`: the root's parameters are "
-            "there all the time")
+            "there from the beginning of forward to the end of backward")
 
     def __repr__(self):
         return f"Placeholder for {self._name!r}, shape {tuple(self.shape)}, not gathered"

@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import nn
 
 from .. import comm
-from . import check, clip, failure, local, materialize, optimizers, writes
+from . import check, clip, failure, local, materialize, optimizers, slices, writes
 from .buckets import buckets
 from .buffers import Buffers
 from .hooks import Hook
+from .owned import MasterParameter
 from .units import Structure
 
 wrapped = weakref.WeakSet()  # the modules, with all inside them, that belong to a model
@@ -324,6 +325,7 @@ def _leave_our_code_to_python() -> None:
 
     for name in ("comm", "engine", "partition", "stage0", "stage1", "stage2", "stage3"):
         torch._dynamo.trace_rules.add(f"zero_ref.{name}")
+    torch._dynamo.config.nontraceable_tensor_subclasses |= {MasterParameter, *slices.KINDS}
 
 
 def _unwrap(hooks, members):

@@ -6,22 +6,25 @@ element; anything else is refused, with the way that is right. Which operators w
 element is known to torch, which tags them `pointwise`.
 """
 
+from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-# These keep elements as they are, or write into them, and are not tagged.
+# These keep all elements as they are, or write into them, and are not tagged.
 _VIEWS = {"detach", "alias", "lift_fresh", "view", "_unsafe_view", "_reshape_alias", "expand", "t",
           "unsqueeze", "squeeze", "view_as_real", "view_as_complex", "_conj", "_neg_view", "real",
           "imag", "_to_copy", "copy", "cat", "stack", "_local_scalar_dense"}
-_WRITES = {"fill", "zero", "masked_fill", "index_put", "normal", "uniform", "bernoulli",
-           "empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like",
-           "new_empty", "new_zeros", "new_ones", "new_full"}
-_PICKS = {"slice", "select", "index", "index_select", "masked_select", "gather", "take", "unbind",
-          "split", "split_with_sizes"}  # other elements on every rank
+_WRITES = {"fill", "zero", "masked_fill", "normal", "uniform", "bernoulli", "exponential", "cauchy",
+           "log_normal", "random", "scalar_tensor", "empty_like", "zeros_like", "ones_like",
+           "full_like", "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones", "new_full"}
+_UNTAGGED = {"where", "floor_divide", "log_sigmoid_forward", "hardswish", "complex", "polar",
+             "bucketize", "masked_select", "is_pinned"}  # elementwise, too
+_PARTS = {"slice", "split", "split_with_sizes"}  # as of several slices, flattened into one
 _SUMS = {"sum", "nansum"}
 _LINEAR = _VIEWS | _SUMS | {"clone", "add", "sub", "rsub", "neg", "mul", "div", "mean", "select",
                             "unbind"}
@@ -38,6 +41,9 @@ class _Operators(TorchDispatchMode):
         self.look = look
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._can_decompose():  # under inference_mode() these come as a whole
+            with self:
+                return op.decompose(*args, **(kwargs or {}))
         self.look(op, _name(op), args)
         return op(*args, **(kwargs or {}))
 
@@ -51,12 +57,24 @@ def _name(op) -> str:
 
 @cache
 def _is_elementwise(op) -> bool:
+    if _name(op) in _VIEWS | _WRITES | _UNTAGGED:
+        return True
     packet = getattr(torch.ops.aten, _name(op), None)
     on_lists = "::_foreach_" in op._schema.name
     overloads = ("default", "Tensor", "Scalar") if on_lists else (op._overloadname,)
     tags = [getattr(packet, overload).tags
             for overload in overloads if packet and overload in packet.overloads()]
     return any(torch.Tag.pointwise in t and torch.Tag.data_dependent_output not in t for t in tags)
+
+
+def _takes_all_alike(op, args) -> bool:
+    """Whether an index takes elements wherever they are: all of them, or by a mask."""
+    if _name(op) == "slice":
+        given = list(args[2:])
+        start, end, step = given + [None, None, 1][len(given) :]
+        return not start and (end is None or end >= 2**62) and step == 1
+    return _name(op) in ("index", "index_put") and all(
+        index is None or index.dtype == torch.bool for index in args[1])
 
 
 def _reduction(op, args) -> int | None:
@@ -77,21 +95,18 @@ class Marked(Tensor):
         kwargs = kwargs or {}
         if func in (torch.autograd.backward, torch.autograd.grad):
             return func(*tree_map(unmarked, args), **tree_map(unmarked, kwargs))
-        kind = max((t for t in types if issubclass(t, Marked)), key=lambda t: t.precedence)
+        kind: Any = max((t for t in types if issubclass(t, Marked)), key=lambda t: t.precedence)
         name = getattr(func, "__name__", "").removeprefix("linalg_")
+        in_place = name.endswith("_") or name.startswith("__i")
         with torch._C.DisableTorchFunctionSubclass():
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-            if kind is GradSlice and torch.is_grad_enabled() and any(
-                    x.requires_grad for x in given):
-                kind = ParamSlice  # a gradient that a loss weights parameters with, for instance
-            result, mark = kind.call(name, func, args, kwargs, given)
-            return tree_map(lambda x: x.as_subclass(mark) if type(x) is Tensor and mark.marks(x)
+            with torch.no_grad() if in_place and not given[0].requires_grad else nullcontext():
+                if kind is GradSlice and torch.is_grad_enabled() and any(
+                        x.requires_grad for x in given):
+                    kind = ParamSlice  # as where a loss weights parameters with a gradient
+                result, mark = kind.call(name, func, args, kwargs, given)
+            return tree_map(lambda x: x.as_subclass(mark) if mark and type(x) is Tensor
                             and not any(x is arg for arg in given) else x, result)
-
-    @classmethod
-    def marks(cls, result: Tensor) -> bool:
-        """Whether a result is marked: of what is to be differentiated, only what has a graph."""
-        return result.requires_grad
 
     def backward(self, *args, **kwargs):
         self.as_subclass(Tensor).backward(*args, **kwargs)
@@ -112,20 +127,16 @@ class _Slice(Marked):
     def call(cls, name, func, args, kwargs, given):
         """(result, what it is): of the function's operators, those that do not fit are refused."""
         summed: list[str] = []
+        in_loss = cls is ParamSlice and torch.is_grad_enabled()
         if name in ("__repr__", "__get__", "__set__"):
             return func(*args, **kwargs), cls
 
         def look(op, base, op_args):
             reduction = _reduction(op, op_args)
             adds_up = base in _SUMS or reduction == 2
-            if base in _VIEWS:
-                fits = True
-            elif adds_up:
-                fits = cls.may_be_summed
-            elif base in _PICKS:
-                fits = cls.may_be_picked()
-            else:
-                fits = _is_elementwise(op) or reduction == 0 or base in _WRITES
+            fits = (cls.may_be_summed if adds_up else
+                    reduction == 0 or _is_elementwise(op) or _takes_all_alike(op, op_args)
+                    or (base in _PARTS and name != "__setitem__" and not in_loss))
             if not fits or (summed and base not in _VIEWS):
                 cls.refuse(name)
             summed.extend([base] * adds_up)
@@ -139,7 +150,8 @@ class _Slice(Marked):
             raise
         except (RuntimeError, IndexError) as error:  # as where sizes do not fit a slice's
             cls.refuse(name, error)
-        return result, PartOfSum if summed else cls
+        made_new = name.endswith("_like") or name.startswith("new_")
+        return result, PartOfSum if summed else None if made_new and cls is ParamSlice else cls
 
 
 class Refused(RuntimeError):
@@ -152,14 +164,6 @@ class GradSlice(_Slice):
     precedence, may_be_summed = 0, False
 
     @classmethod
-    def marks(cls, result):
-        return True
-
-    @classmethod
-    def may_be_picked(cls):
-        return True
-
-    @classmethod
     def refuse(cls, name, cause=None):
         if name == _UNSCALE:
             raise Refused(
@@ -167,19 +171,17 @@ class GradSlice(_Slice):
                 "zero_ref.GradScaler(model) instead, which takes the same arguments otherwise")
         raise Refused(
             f"`{name.strip('_')}` of a gradient's slice is not that of the gradient, and this "
-            "rank has no more of it: use model.clip_grad_norm_(max_norm), which returns the "
-            "global norm and clips by it (math.inf: does not clip), or "
-            "model.grads_are_finite(), which asks all ranks") from cause
+            "rank has no more of it: what is computed element by element works, also with a mask; "
+            "for a norm use model.clip_grad_norm_(max_norm), which returns the global norm and "
+            "clips by it (math.inf: does not clip); model.grads_are_finite() asks all ranks; for "
+            "elements at certain places use stage 0, or a hook that was registered on the module's "
+            "own parameter before zero_ref.wrap") from cause
 
 
 class ParamSlice(_Slice):
-    """Computed element by element from slices of parameters, for a loss."""
+    """Computed element by element from slices of parameters, for a loss as a rule."""
 
     precedence, may_be_summed = 1, True
-
-    @classmethod
-    def may_be_picked(cls):
-        return not torch.is_grad_enabled()
 
     @classmethod
     def refuse(cls, name, cause=None):
@@ -199,7 +201,7 @@ class PartOfSum(Marked):
 
     @classmethod
     def call(cls, name, func, args, kwargs, given):
-        factors = sum(x.requires_grad for x in given)
+        factors = sum(x.requires_grad or isinstance(x, cls) for x in given)
         wrong = [x for x in given if isinstance(x, _Slice) or getattr(x, "_is_slice", False)]
 
         def look(op, base, op_args):
@@ -209,14 +211,18 @@ class PartOfSum(Marked):
 
         with _Operators(look):
             result = func(*args, **kwargs)
-        if wrong and any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(result)):
+        results = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        if wrong and any(x.requires_grad for x in results):
             raise Refused(
                 f"`{name.strip('_')}` of a sum over parameters, of which this rank has only its "
                 "part, is not that of the whole sum, unless it adds it to something or scales it. "
                 "In a loss, sums of squares or of absolute values are right as they are; for a "
                 "root or a product of one use stage 0, or the module's own parameters at stages 1 "
-                "and 2; to look at a loss, use loss.detach() or loss.item()")
-        return result, cls
+                "and 2; loss.item() gives the loss with this rank's part")
+        return result, None if wrong else cls
+
+
+KINDS = GradSlice, ParamSlice, PartOfSum
 
 
 def unmarked(x):
