@@ -135,25 +135,30 @@ def _refuse_unreduced(optimizer, units):
 def _refuse_others_states(optimizer):
     """States fit the elements that they were made for. Each says which these are, and what it says
     is saved and loaded with it."""
-    for p in _params_in(optimizer):
-        state, own = optimizer.state.get(p, {}), getattr(p, "_elements", None)
+    for p, state in _states_in(optimizer):
+        if (of_state := state.get(_ELEMENTS)) == p._elements:
+            continue
         sizes = {value.numel() for value in state.values()
                  if isinstance(value, torch.Tensor) and value.ndim}
-        of_state = state.get(_ELEMENTS, own)
-        if own is not None and (of_state != own or not sizes <= {p.numel()}):
-            what = (f"the elements from {of_state[0]} to {of_state[1]}" if of_state != own else
+        if of_state is not None or not sizes <= {p.numel()}:
+            what = (f"the elements from {of_state[0]} to {of_state[1]}" if of_state else
                     f"{max(sizes)} elements")
             raise RuntimeError(
                 f"this {type(optimizer).__name__} has loaded states of {what} of a parameter, and "
-                f"on this rank it updates the elements from {own[0]} to {own[1]}: load what "
-                "optimizer.state_dict() gave on the same rank, with as many ranks and the same "
-                "units, at stage 0 or at one of the stages 1 to 3")
+                f"on this rank it updates the elements from {p._elements[0]} to {p._elements[1]}: "
+                "load what optimizer.state_dict() gave on the same rank, with as many ranks and "
+                "the same units, at stage 0 or at one of the stages 1 to 3")
 
 
 def _say_whose_states(optimizer):
-    for p in _params_in(optimizer):
-        if optimizer.state.get(p) and hasattr(p, "_elements"):
-            optimizer.state[p][_ELEMENTS] = p._elements
+    for p, state in _states_in(optimizer):
+        state[_ELEMENTS] = p._elements
+
+
+def _states_in(optimizer):
+    with torch._C.DisableTorchFunctionSubclass():
+        return [(p, state) for p in _params_in(optimizer) if hasattr(p, "_elements")
+                and (state := optimizer.state.get(p))]
 
 
 def _refuse_moved(units):

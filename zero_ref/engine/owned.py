@@ -22,6 +22,12 @@ class MasterParameter(nn.Parameter):
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__"):  # an attribute
+            if args[0]._is_slice and func == _SET_GRAD and type(args[1]) is Tensor:
+                args = args[0], args[1].as_subclass(GradSlice)
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args)
         if func is torch.autograd.grad:
             raise RuntimeError(
                 "autograd works on the module's own parameters, not on those of "
@@ -33,11 +39,8 @@ class MasterParameter(nn.Parameter):
             kwargs["inputs"] = [*inputs, *(p._original for p in inputs if isinstance(p, cls))]
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         with torch._C.DisableTorchFunctionSubclass():
-            if func == _SET_GRAD and args[0]._is_slice and type(args[1]) is Tensor:
-                args = args[0], args[1].as_subclass(GradSlice)
-            leaves = [] if name in ("__get__", "__set__") else tree_leaves((args, kwargs))
+            leaves = tree_leaves((args, kwargs))
             refuse_local(leaves)
             in_place = name.endswith("_") and not name.endswith("__")
             if in_place or not any(getattr(leaf, "_is_slice", False) for leaf in leaves):
