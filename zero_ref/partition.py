@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .engine import units as rules
 from .engine.backward import is_used_elsewhere, nobody_had_it
 from .engine.owned import master_parameter
+from .engine.slices import GradSlice
 
 FULL, SHARD = "full", "shard"
 ALIGNMENT = 16  # bytes: what vectorized kernels want, and as much as the largest dtype has
@@ -195,7 +196,8 @@ class Unit(Layout):
         for index, (p, grad) in enumerate(zip(self.master_params, self.master_views(reduced))):
             if not p.requires_grad or (index in missing and nobody_had_it(grad)):
                 continue
-            p.grad = grad.detach() if p.grad is None else p.grad.add_(grad)
+            grad = grad.detach() if p.grad is None else p.grad.add_(grad)
+            p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
         return added
 
 
