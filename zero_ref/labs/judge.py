@@ -66,7 +66,7 @@ def check(name: str, answer: Any) -> Verdict:
 
 def _check(name, answer):
     if dist.is_initialized():
-        return Verdict(False, "check belongs into an ordinary cell: it starts ranks of its own, so "
+        return Verdict(False, "check belongs in an ordinary cell: it starts ranks of its own, so "
                               "it does not work on a rank (in a %%ranks cell, for instance).")
     name = str(name).strip()
     from .exercises import EXERCISES
@@ -332,7 +332,7 @@ def _learners_lines(text):
 def _question(name, question, answer):
     letter = str(answer).strip().lower()
     if answer is None:
-        return Verdict(False, f"{name}: not yet. Type a letter in.")
+        return Verdict(False, f"{name}: not yet. Type a letter.")
     if letter == question.right:
         return Verdict(True, f"{name} is right.")
     if letter not in question.options:

@@ -63,7 +63,7 @@ ORDERINGS = {
          ("D", "A", "Gathering before the sums are complete sends incomplete sums to everyone.")]),
     "2.p1": Ordering(
         "a step of data parallelism (stage 0).",
-        {"A": "loss.backward(); a unit's gradients are all_reduced as soon as they are there",
+        {"A": "loss.backward(); a unit's gradients are all_reduced as soon as they are ready",
          "B": "optimizer.zero_grad()",
          "C": "all_gather the parameters",
          "D": "loss = F.cross_entropy(model(x), y), with this rank's images",

@@ -179,7 +179,7 @@ QUESTIONS: dict[str, Question] = {
               "when the last of them starts?",
          "d": "The optimizer does wait for all messages, but until it does, backward goes on."}),
     "2.q4": Question(
-        "You leave out the broadcast, so that every rank starts from other random weights. The "
+        "You leave out the broadcast, so that every rank starts from different random weights. The "
         "gradients are averaged in every step, and the optimizer is plain SGD without weight "
         "decay. What becomes of the differences between the ranks' weights?",
         {"a": "They shrink from step to step, because the ranks are averaged.",
@@ -529,7 +529,7 @@ QUESTIONS: dict[str, Question] = {
               "grows with N.",
          "c": "Stage 3 gathers and reduces anew for every micro-batch."}),
     "8.q4": Question(
-        "In a timeline one and the same reduce_scatter lasts 8 ms on rank 0 and 1 ms on rank 1. "
+        "In a timeline the same reduce_scatter lasts 8 ms on rank 0 and 1 ms on rank 1. "
         "What is the likeliest reason?",
         {"a": "Rank 1 came to it 7 ms later than rank 0.",
          "b": "Rank 0 has to send eight times as many bytes.",
@@ -570,7 +570,7 @@ QUESTIONS: dict[str, Question] = {
          "d": "For the third Ψ, backward would have to gather again what forward has gathered."}),
     "9.q2": Question(
         "On each rank of a job 2 GB are model states and 30 GB activations, at stage 0. You change "
-        "to stage 3, on 8 ranks. What becomes of these 32 GB?",
+        "to stage 3, on 8 ranks. What happens to these 32 GB?",
         {"a": "About 4 GB", "b": "About 6 GB", "c": "About 30 GB", "d": "32 GB, as before"},
         "c",
         {"a": "This divides everything by 8. Which part of the 32 GB do the stages divide?",
@@ -633,7 +633,7 @@ QUESTIONS: dict[str, Question] = {
          "c": "If they were there, they would be tensors, and among the 3 GB."}),
     "10.q3": Question(
         "`if rank == 0: torch.save(model.state_dict(), path)` has worked at stage 1 in fp32. At "
-        "stage 3 it hangs or fails. Which change mends it?",
+        "stage 3 it hangs or fails. Which change fixes it?",
         {"a": "A `barrier()` before the `if`, so that all ranks have arrived.",
          "b": "A longer timeout, because gathering all parameters takes long.",
          "c": "All ranks call `model.state_dict()`; rank 0 saves what it returns.",
