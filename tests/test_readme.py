@@ -17,7 +17,7 @@ from zero_ref.tasks import data
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text()
-         for path in (*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("docs/*.md")))}
+         for folder in (".", "docs", "notebooks") for path in sorted((ROOT / folder).glob("*.md"))}
 README = PAGES["README.md"]
 
 
