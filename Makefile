@@ -1,5 +1,7 @@
 # make lab           opens the course in JupyterLab: a copy of the notebooks, in lab/, to work in;
 #                    make lab AGAIN=4 starts notebook 4 over
+# make wheelhouse    what the course needs, as files: for laptops without a network, on which
+#                    make lab WHEELS=wheelhouse installs it from there
 # make compare       the main job: all stages side by side on real data
 # make quick         after each edit, half a minute: ruff, mypy, tests without ranks, a few with them
 # make test          all checks: ruff, mypy, pytest, and the notebooks once more
@@ -16,7 +18,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 LAB_CONFIG := .venv/etc/jupyter/labconfig/page_config.json
 
-.PHONY: compare quick test soak bench scale figures lab notebooks test-browser test-newest clean
+.PHONY: compare quick test soak bench scale figures lab notebooks test-browser test-newest \
+    wheelhouse clean
 
 compare: .venv/.installed
 	$(BIN)/zero-ref compare --figure compare.png $(ARGS)
@@ -87,7 +90,8 @@ test-browser: .venv/.installed-browser
 
 # pip would compile all of torch, in half a minute, where Python compiles what it imports. Only where
 # many processes follow it is worth it, on all cores.
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+    $(if $(WHEELS),--no-index --find-links $(WHEELS))
 
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
@@ -99,6 +103,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 	$(PIP_INSTALL) -c constraints.txt -e '.[$*]'
 	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
+
+# setuptools builds the project, where pip would fetch it.
+wheelhouse: .venv/.installed
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check -c constraints.txt \
+	    --wheel-dir wheelhouse '.[lab]'
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+	    --dest wheelhouse 'setuptools>=77'
 
 clean:
 	rm -rf .venv .venv-newest
