@@ -69,6 +69,8 @@ scale: .venv/.installed
 figures: .venv/.installed
 	$(BIN)/zero-ref compare --figure figures/compare.png
 	$(BIN)/python -m zero_ref.viz.figures figures
+	$(BIN)/python -m zero_ref.viz.cheatsheet figures
+	$(BIN)/python -m zero_ref.labs.sheet > docs/quiz.md
 
 lab: .venv/.installed-lab $(LAB_CONFIG)
 	$(BIN)/python -m zero_ref.labs.folder notebooks lab $(if $(AGAIN),--again $(AGAIN))

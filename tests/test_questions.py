@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from zero_ref.labs import sheet
 from zero_ref.labs.quiz import QUESTIONS, Question
 
-NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.fixture(params=QUESTIONS)
@@ -68,3 +70,13 @@ def test_the_longest_option_is_not_the_one_to_take():
 
 def test_lines_are_short():
     assert max(map(len, Path(getsourcefile(Question)).read_text().splitlines())) <= 100
+
+
+def test_the_sheet_is_what_the_command_prints():
+    assert (ROOT / "docs" / "quiz.md").read_text() == sheet.questions() + "\n"
+
+
+def test_the_key_has_every_right_letter():
+    for name, question in QUESTIONS.items():
+        assert f"**{name}** {question.right}) " in sheet.key()
+        assert f"**{name}** {question.text}\n" in sheet.questions()

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,10 @@ from zero_ref.observe.recorder import (
     record,
 )
 from zero_ref.observe.trace import Event
-from zero_ref.viz import figures
+from zero_ref.viz import cheatsheet, figures
 from zero_ref.viz.collectives import simulate
 from zero_ref.viz.palette import KINDS, PAPER, bytes_text, tint
+from zero_ref.viz.picture import Picture
 from zero_ref.viz.steps import StepDrawing, fitting
 
 
@@ -470,3 +472,26 @@ def test_the_colours_stay_apart_for_the_colour_blind(kind):
             assert np.abs(a - b).max() > 0.1
     hues = {round(colorsys.rgb_to_hsv(*rgb(c) / 255)[0], 1) for c in colours[:4]}
     assert len(hues) == 4
+
+
+# ---- the page to print ---------------------------------------------------------------------------
+
+
+def test_the_cheat_sheet_has_the_papers_formulas():
+    for stage, (*_, held, sent) in enumerate(cheatsheet.STAGES):
+        for numel, ranks in ((64e6, 8), (7.5e9, 64)):
+            formula = re.sub(r"(\d+)Ψ", r"\1*numel", held).replace("/N", "/ranks")
+            kept = memory.model_states(numel, ranks, stage, **cheatsheet._MIXED)
+            assert eval(formula, {"numel": numel, "ranks": ranks}) == sum(kept.values())
+        assert sent == ("3Ψ" if stage == 3 else "2Ψ")
+
+
+def test_nothing_on_the_cheat_sheet_overlaps_or_is_cut_off():
+    figure = cheatsheet.draw()
+    Picture(figure, "").png()
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    page = figure.bbox
+    for i, box in enumerate(boxes):
+        assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert not any(box.overlaps(other) for other in boxes[:i]), i
