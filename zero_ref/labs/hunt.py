@@ -296,7 +296,7 @@ def _sgd(params):
 @dataclass(frozen=True)
 class Bug:
     """stage: what it says it is. step: a step of training up to the optimizer's, which returns the
-    loss."""
+    loss. ends: whether it does, or ranks wait for each other for ever."""
 
     broken: type
     mended: type
@@ -305,13 +305,14 @@ class Bug:
     build: Callable[[int], nn.Module] = course.build
     optimizer: str = "Adam"
     world_size: int = 4
+    ends: bool = True
 
 
 BUGS = {
     "11.0": Bug(AveragesUpdated, small.Stage1, stage=1),
     "11.1": Bug(ReducesTheParameter, small.Stage0, stage=0),
     "11.2": Bug(Sums, small.Stage1, stage=1, optimizer="SGD"),
-    "11.3": Bug(SavesAlone, SavesTogether, stage=3, step=_saved),
+    "11.3": Bug(SavesAlone, SavesTogether, stage=3, step=_saved, ends=False),
     "11.4": Bug(DropsTheRemainder, CutsTheWholeBuffer, stage=1, world_size=3),
     "11.5": Bug(ClipsByTheLocalNorm, ClipsByTheGlobalNorm, stage=2, step=_clipped,
                 optimizer="SGD"),
@@ -319,7 +320,7 @@ BUGS = {
     "11.7": Bug(GathersTheWholeModel, small.Stage3, stage=3),
     "11.8": Bug(CountsTiedTwice, CountsTiedOnce, stage=1, build=tied),
     "11.9": Bug(EntersNoSyncTooLate, EntersNoSyncInTime, stage=1, step=_accumulated),
-    "11.10": Bug(SkipsAlone, SkipsTogether, stage=1, step=_with_spikes),
+    "11.10": Bug(SkipsAlone, SkipsTogether, stage=1, step=_with_spikes, ends=False),
 }
 STEPS = 5
 _OPTIMIZERS = {"Adam": _adam, "SGD": _sgd}
@@ -407,9 +408,10 @@ def _recorded(name, answer, optimizer):
 
 def symptoms(name: str, optimizer: str | None = None) -> None:
     """Train with the broken stage on real ranks, and print what there is to be seen: whether it
-    ends, the loss beside that of the right stage, bytes beside the formula, and collectives."""
-    bug = BUGS[name]
-    optimizer = optimizer or bug.optimizer
+    ends, the loss beside that of the right stage, bytes beside the formula, and collectives.
+
+    optimizer: "Adam" or "SGD", by default the one with which the bug shows."""
+    bug, optimizer = _known(name, optimizer)
     seen, right = (launch(watched, bug.world_size, name, answer, optimizer, backend="cpu:gloo")
                    for answer in (bug.broken, bug.mended))
     print(f"{name}: stage {bug.stage} with {optimizer} on {bug.world_size} ranks\n")
@@ -502,9 +504,19 @@ def formula(bug: Bug, optimizer: str) -> dict[str, int]:
 
 
 def timeline(name: str, optimizer: str | None = None) -> "Picture":
-    """When each rank computed, sent and waited in a step of the broken stage that ends."""
+    """When each rank computed, sent and waited in a step of a broken stage."""
     from .. import viz
 
-    bug = BUGS[name]
-    return viz.timeline(launch(_recorded, bug.world_size, name, bug.broken,
-                               optimizer or bug.optimizer, backend="cpu:gloo"))
+    bug, optimizer = _known(name, optimizer)
+    if not bug.ends:
+        raise ValueError(f"a step of {name} does not end, so it has no timeline")
+    return viz.timeline(launch(_recorded, bug.world_size, name, bug.broken, optimizer,
+                               backend="cpu:gloo"))
+
+
+def _known(name, optimizer):
+    if name not in BUGS:
+        raise ValueError(f"there is no bug {name!r}: there are {', '.join(BUGS)}")
+    if optimizer not in (None, *_OPTIMIZERS):
+        raise ValueError(f"optimizer={optimizer!r}: must be one of {', '.join(_OPTIMIZERS)}")
+    return BUGS[name], optimizer or BUGS[name].optimizer
