@@ -77,7 +77,7 @@ class SavesTogether(small.Stage3):
 
 
 class DropsTheRemainder(small.Stage1):
-    """Where the ranks do not divide a unit evenly, its last elements belong to nobody."""
+    """Where a unit does not divide evenly, its last elements belong to nobody."""
 
     def own(self, unit):
         size = sum(p.numel() for p in unit.params) // self.world_size
