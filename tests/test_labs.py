@@ -144,7 +144,7 @@ def test_what_is_shown_fits_into_a_notebook(capsys):
     shown += repr(check("3.1", lambda *args: (1, 2))).splitlines()
     for name in ORDERINGS:
         lines(name)
-    for number in range(11):
+    for number in range(12):
         questions(str(number))
     course.verdict("bytes", 3, 4, {3: "that is the sum over all ranks, of which one is yours " * 3})
     shown += capsys.readouterr().out.splitlines()

@@ -35,7 +35,7 @@ def notebook(request):
 
 
 def test_the_course_is_complete():
-    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(11)]
+    assert [path.name[:2] for path in NOTEBOOKS] == [f"{i:02}" for i in range(12)]
 
 
 def test_every_cell_was_run_in_order_and_none_failed(notebook):
@@ -139,11 +139,13 @@ def test_every_exercise_and_question_is_in_its_notebook_and_in_its_solutions():
 
 
 def test_what_is_unsolved_says_so_and_is_followed_by_nothing_that_needs_it(notebook):
-    """The committed notebooks are those of a learner who has not written anything."""
+    """The committed notebooks are those of a learner who has not written anything. (In the hunt,
+    what is to be mended is there, and wrong.)"""
     for cell in cells(notebook, "code"):
         text = "\n".join(map(text_of, cell["outputs"]))
         if re.search(r"\bcheck\(", cell["source"]):
-            assert "not yet" in text and "is right" not in text, cell["source"]
+            unsolved = "is not right yet" if re.search(r"\bMended\d", cell["source"]) else "not yet"
+            assert unsolved in text and "is right" not in text, cell["source"]
 
 
 def test_the_solutions_are_right():

@@ -2,7 +2,9 @@
 
 from .exercise import Exercise
 from .on_collectives import ON_COLLECTIVES
+from .on_hunt import ON_HUNT
 from .on_numbers import ON_NUMBERS
 from .on_stages import ON_STAGES
 
-EXERCISES: dict[str, Exercise] = dict(sorted({**ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES}.items()))
+EXERCISES: dict[str, Exercise] = dict(sorted(
+    {**ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_HUNT}.items()))

@@ -23,7 +23,7 @@ def _with(answer: type, **methods: Any) -> type:
     return type(answer.__name__, (answer,), methods)
 
 
-def _weights(model):
+def weights_of(model):
     return {name.removeprefix("module."): value.detach().clone()
             for name, value in model.state_dict().items()}
 
@@ -33,7 +33,7 @@ def _backward(model, step):
     F.cross_entropy(model(images), labels).backward()
 
 
-def _sent(events: list[Event]) -> Observed:
+def what_was_sent(events: list[Event]) -> Observed:
     waits = [event for event in events if event.awaited is None]
     return {"collectives that were not waited for": len(waits),
             "something was sent through zero_ref.comm": bool(events),
@@ -52,18 +52,18 @@ def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict)
             optimizer.step()
             optimizer.zero_grad()
     return {"bytes of optimizer states": held["optimizer"], "bytes of gradients": held["gradients"],
-            "bytes of parameters": held["parameters"], **_sent(sent.events), **more,
-            "weights": _weights(model)}
+            "bytes of parameters": held["parameters"], **what_was_sent(sent.events), **more,
+            "weights": weights_of(model)}
 
 
 def _observe_start(answer) -> Observed:
     with trace() as sent:
         model = answer(course.build(seed=dist.get_rank()))
-    weights = _weights(model)
+    weights = weights_of(model)
     whose = ("rank 0's" if course.same_bits(course.build(seed=0).state_dict(), weights) else
              "its own" if course.same_bits(course.build(dist.get_rank()).state_dict(), weights) else
              "nobody's")
-    return {**_sent(sent.events), "whose weights it has": whose, "weights": weights,
+    return {**what_was_sent(sent.events), "whose weights it has": whose, "weights": weights,
             "unit.flat is still the buffer": all(
                 isinstance(unit.flat, torch.Tensor)
                 and unit.flat.data_ptr() == unit.params[0].data_ptr() for unit in model.units)}
@@ -73,7 +73,7 @@ def _observe_average(answer) -> Observed:
     model = _with(answer, start=small.Stage0.start)(course.build(seed=dist.get_rank()))
     with trace() as sent:
         _backward(model, 0)
-    return {**_sent(sent.events),
+    return {**what_was_sent(sent.events),
             "gradients": {f'unit "{unit.name}"': _like(unit.owned.grad) for unit in model.units}}
 
 
@@ -124,7 +124,7 @@ def _observe_sharded(answer) -> Observed:
     unit.owned.data.mul_(2)  # as if the optimizer had stepped
     with trace() as sent:
         model.gather(unit, "forward")
-    found |= _sent(sent.events)
+    found |= what_was_sent(sent.events)
     found["bytes of the flat buffer after gather"] = unit.flat.untyped_storage().nbytes()
     if sent.events and unit.flat.untyped_storage().nbytes() == full:
         found["the flat buffer after gather"] = unit.flat.detach().clone()
@@ -579,16 +579,17 @@ class _NoReshardAfterForward(small.Stage3):
             self.free(unit)
 
 
-_WAIT = {
+WAIT_HINTS = {
     "collectives that were not waited for": "A collective has only been started when the call "
     "returns. Wait for its handle before its result is used: ….wait().",
     "something was sent through zero_ref.comm": "Nothing was sent through zero_ref.comm. (Its sums "
     "are in rank order. Those of torch.distributed are not, and are not counted here.)"}
-_GRADS = {**_WAIT,
+_GRADS = {**WAIT_HINTS,
           "gradients": "The optimizer needs the mean of the ranks' gradients in unit.owned.grad.",
           "bytes sent": "One all_reduce of the unit's gradients: 2·(N-1)/N of their bytes.",
           "collectives": "One all_reduce for each unit."}
-_STEP = {**_WAIT, "bytes of optimizer states": "The optimizer keeps states for what it is given: "
+_STEP = {**WAIT_HINTS,
+         "bytes of optimizer states": "The optimizer keeps states for what it is given: "
          "unit.owned, which is what `own` returns.",
          "bytes of gradients": "A tensor keeps its whole storage alive, even if it is a view of "
          "only a part.",
@@ -648,7 +649,7 @@ ON_STAGES = {
             Mistake(_BroadcastsACopy, "What arrives is thrown away: the collective has to write "
                     "into unit.flat itself, of which the module's parameters are views."),
         ],
-        {**_WAIT, "bytes sent": "Rank 0 sends unit.flat, all of it, to each of the others.",
+        {**WAIT_HINTS, "bytes sent": "Rank 0 sends unit.flat, all of it, to each of the others.",
          "weights": "After wrapping, every rank's module must have rank 0's values.",
          "collectives": "One broadcast for each unit.",
          "unit.flat is still the buffer": "unit.flat has to stay the buffer: a collective writes "
@@ -768,7 +769,7 @@ ON_STAGES = {
                     "4.", "out of bounds for storage"),
             Mistake(_NothingSent, "The memory is there, but nothing was sent."),
         ],
-        {**_WAIT, "the flat buffer after gather": "All slices, each from its owner's shard.",
+        {**WAIT_HINTS, "the flat buffer after gather": "All slices, each from its owner's shard.",
          "bytes of the flat buffer after free": "The storage of the flat buffer has to become "
          "empty; the buffer itself stays."}),
     "6.2": Exercise(

@@ -671,4 +671,61 @@ QUESTIONS: dict[str, Question] = {
               "unit 1.",
          "c": "Then rank 3 would not be missing: the report would show what both of them are about "
               "to do."}),
+
+    # ---- 11. The hunt ----------------------------------------------------------------------------
+    "11.q1": Question(
+        "A stage 2 ends with the bits of stage 0, sends what the formula says, and holds what the "
+        "formula says when the optimizer runs. Still it runs out of memory where stage 2 should "
+        "not. What do you look at next?",
+        {"a": "The bits after more steps.",
+         "b": "The most bytes held at any moment of backward.",
+         "c": "The list of collectives of the other ranks.",
+         "d": "The bytes of the optimizer states on the other ranks."},
+        "b",
+        {"a": "A bug in the bits would not need memory.",
+         "c": "The others send what this rank sends, as the sums would not be right otherwise.",
+         "d": "The other ranks hold what this one does, within the padding."}),
+    "11.q2": Question(
+        "Gradients are summed over 8 ranks and never divided. Which optimizer hides it longest?",
+        {"a": "SGD", "b": "SGD with momentum", "c": "SGD with weight decay", "d": "Adam"},
+        "d",
+        {"a": "Its update is the gradient times the learning rate, so the update is 8 times as "
+              "long.",
+         "b": "Momentum adds up gradients. If each is 8 times as long, so is their sum.",
+         "c": "The decay does not depend on the gradient, and the rest of the update is 8 times as "
+              "long."}),
+    "11.q3": Question(
+        "A run hangs. Rank 0 waits in an all_gather of the phase state_dict, and the others wait "
+        "in an all_gather of the phase forward. Which rank has a line that has to change?",
+        {"a": "All of them: they run the same program, in which the two paths part.",
+         "b": "Rank 0, which should not gather outside of a step.",
+         "c": "The others, which are too early in their next step.",
+         "d": "None of them: with a longer timeout they would meet."},
+        "a",
+        {"b": "Somebody has to save the model, and at stage 3 no rank has all of it.",
+         "c": "They are where their program sends them. Being early is nothing to mend: they would "
+              "wait.",
+         "d": "They wait for different messages, and neither of these is ever sent."}),
+    "11.q4": Question(
+        "On 4 ranks a stage 1 has the right bits, and on 3 ranks it has wrong ones. Which of these "
+        "bugs would behave like this on a unit of 272 parameters?",
+        {"a": "A missing division by the number of ranks.",
+         "b": "A gather after the step that only some units get.",
+         "c": "A slice whose size is rounded down.",
+         "d": "A clipping norm that each rank takes of its own slices."},
+        "c",
+        {"a": "A sum is not the mean on 4 ranks either.",
+         "b": "The units that are left out would be old on any number of ranks above one.",
+         "d": "On 4 ranks, too, each rank has slices of its own, and a norm of its own."}),
+    "11.q5": Question(
+        "A colleague checks a new stage by giving all ranks the same batch, and by comparing the "
+        "weights with those of one process on this batch. Which bug can this check not see?",
+        {"a": "Gradients that are summed and not divided, with SGD.",
+         "b": "Gradients that are never reduced.",
+         "c": "Shards that are updated and never gathered.",
+         "d": "A rank that is never updated."},
+        "b",
+        {"a": "The sum of equal gradients is larger than each of them, and so the weights differ.",
+         "c": "Then every rank has old values of what the others have updated.",
+         "d": "The weights of this rank would be those of the beginning."}),
 }
