@@ -186,7 +186,7 @@ def test_a_loop_without_end_is_ended():
 
     text = check("3.1", forever).text
     assert "After some seconds, your answer is still at" in text
-    assert text.endswith("a loop without an end, or a message that nobody sends.")
+    assert text.endswith("one that nobody receives, because all are sending.")
 
 
 def test_who_waits_for_whom_in_an_exchange():

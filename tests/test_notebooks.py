@@ -160,8 +160,13 @@ def test_the_solutions_are_right():
 def test_a_copy_of_the_course_gives_no_answers_away_and_is_kept(tmp_path):
     course, lab = NOTEBOOKS[0].parent, tmp_path / "lab"
     assert len(copy_course(course, lab)) == len(NOTEBOOKS)
+    linked = []
     for path in lab.glob("*.ipynb"):
         assert all(not c["outputs"] and c["execution_count"] is None for c in cells(path, "code"))
+        pages = re.findall(r"\]\(((?:\.\./)*docs/[^)#]+)", path.read_text())
+        assert all((lab / page).exists() for page in pages)
+        linked += pages
+    assert "docs/words.md" in linked
     mine = lab / NOTEBOOKS[4].name
     mine.write_text(mine.read_text().replace("todo(", "my_own("))
     assert copy_course(course, lab) == []

@@ -12,16 +12,20 @@ import nbformat
 
 
 def copy_course(course: Path, folder: Path) -> list[Path]:
-    """Copy the notebooks that are not in the folder yet. Returns them."""
+    """Copy the notebooks that are not in the folder yet, and link to the pages. Returns them."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [file for file in sorted(course.glob("*.ipynb")) if not (folder / file.name).exists()]
     for file in missing:
         notebook = nbformat.read(file, as_version=4)
         notebook.metadata.pop("widgets", None)
+        for cell in notebook.cells:  # links to pages that are beside the copy
+            cell.source = cell.source.replace("](../docs/", "](docs/")
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / file.name)
+    if not (folder / "docs").exists():
+        (folder / "docs").symlink_to((course.parent / "docs").resolve())
     return [folder / file.name for file in missing]
 
 

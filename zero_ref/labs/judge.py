@@ -308,7 +308,8 @@ def _who_waits(error: Stuck, world_size: int) -> str:
     lines = [f"After some seconds, {_ranks(ranks) if world_size > 1 else 'your answer is'} still "
              f"at{place}" for place, ranks in places.items()]
     if len(places) == 1 and not error.finished:
-        return "\n".join([*lines, "This is a loop without an end, or a message that nobody sends."])
+        return "\n".join([*lines, "This is a loop without an end, a message that nobody sends, or "
+                          "one that nobody receives, because all are sending."])
     if error.finished:
         there = [str(rank) for rank in error.finished]
         had = _ranks(there).replace(" is", " had").replace(" are", " had").capitalize()

@@ -690,8 +690,9 @@ ON_STAGES = {
                     "the slice of `self.rank`."),
             Mistake(_BroadcastsInstead, "A broadcast sends rank 0's version of everything, in "
                     "which only rank 0's slice is updated."),
-            Mistake(_WholeGradientForASlice, "The optimizer's parameter is a slice, so its "
-                    "gradient has to be the same slice of `grad`.", "different size|shape|assign"),
+            Mistake(_WholeGradientForASlice, "What the optimizer updates and its gradient "
+                    "have to be the same slice of the unit, and one of them is not: compare their "
+                    "shapes.", "different size|shape|assign"),
             Mistake(_UpdatesACopy, _COPY, by=("bytes of parameters", "bytes of optimizer states")),
             Mistake(_GathersIntoTheShard, _SWAPPED, _SIZES),
             _alone_in_a_barrier(AllReduceStage1, "after_step"),
@@ -784,8 +785,9 @@ ON_STAGES = {
                     "its gradients have been reduced."),
             Mistake(_GathersAfterTheStep, "After the step there is nothing to send: every unit is "
                     "gathered in the next forward anyway."),
-            Mistake(_NotGatheredForBackward, "A unit computes while its parameters are freed. "
-                    "Forward needs them, and backward needs them again, on every rank.",
+            Mistake(_NotGatheredForBackward, "Something uses a unit's parameters while they "
+                    "are freed. Forward needs them, and backward needs them again, on every rank; "
+                    "and stage 1's phase after the step would need them, too.",
                     "out of bounds for storage|SIGSEGV|SIGBUS"),
             Mistake(_HookIsCalled, "A hook is called later, with the gradient. This one was called "
                     "at once, and what it returned was registered: None.",
