@@ -298,6 +298,7 @@ def test_what_reduces_a_slice_of_a_gradient_is_refused(world_size):
         assert repr(grad) and grad.shape == grad.cpu().shape and len(grad.tolist()) == len(grad)
         assert grad.numpy().shape == tuple(grad.shape) and type(copy.deepcopy(grad)) is GradSlice
         assert torch.max(grad, grad * 2).shape == grad.shape
+        assert type(torch._foreach_add([grad], [grad])[0]) is GradSlice
         grad[grad > 0] = 0.0
         grad[:] = torch.where(grad.abs() < 1, grad // 2, 1.0).exponential_()
         with torch.inference_mode():
@@ -320,6 +321,20 @@ def test_at_stage_0_gradients_are_whole():
         return float(nn.utils.clip_grad_norm_(model.parameters(), 0.1))
 
     assert len(set(toy.ranks(run, 2))) == 1
+
+
+def test_any_optimizer_works_at_stage_0():
+    def loop(kind):
+        model = wrapped(kind)
+        opt = torch.optim.Adafactor(model.parameters(), lr=0.1)
+        for step in range(2):
+            opt.zero_grad()
+            loss_of(model, step).backward()
+            opt.step()
+        return weights(model)
+
+    for ddp, ours in toy.ranks(lambda: [loop("ddp"), loop(0)], 2, dtype=torch.float64):
+        assert toy.close(ours, ddp)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

@@ -60,10 +60,9 @@ def _is_elementwise(op) -> bool:
     if _name(op) in _VIEWS | _WRITES | _UNTAGGED:
         return True
     packet = getattr(torch.ops.aten, _name(op), None)
-    on_lists = "::_foreach_" in op._schema.name
-    overloads = ("default", "Tensor", "Scalar") if on_lists else (op._overloadname,)
-    tags = [getattr(packet, overload).tags
-            for overload in overloads if packet and overload in packet.overloads()]
+    overloads = {"default", "Tensor", "Scalar", op._overloadname}  # those on lists have other names
+    tags = [getattr(packet, name).tags for name in packet.overloads() if name in overloads
+            ] if packet else []
     return any(torch.Tag.pointwise in t and torch.Tag.data_dependent_output not in t for t in tags)
 
 
