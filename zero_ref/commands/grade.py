@@ -37,11 +37,12 @@ def run(paths: Sequence[Path], seconds: float) -> list[Row]:
 def print_report(rows: Sequence[Row]) -> None:
     """Points for each notebook and in all, and in a line what went wrong first."""
     numbers = grade.notebooks(rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("learner", *(f"notebook\n{number}" for number in numbers), "total"):
-        table.add_column(heading, justify="left" if heading == "learner" else "right",
-                         no_wrap=True)
-    table.add_column("what went wrong first", no_wrap=True, overflow="ellipsis")
+    table = Table(title="Points in each notebook, and in all", title_justify="left",
+                  box=box.SIMPLE_HEAD, expand=True)
+    table.add_column("learner", no_wrap=True)
+    for heading in (*numbers, "all"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("what went wrong first", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:
         of_notebook = [_points(row, number) for number in numbers]
         table.add_row(row["learner"], *of_notebook, f"{row['points']}/{row['of']}",

@@ -151,7 +151,7 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
 
     answers: Answers = defaultdict(list)
     client = NotebookClient(new_notebook(), kernel_name="python3", allow_errors=True,
-                            interrupt_on_timeout=True)
+                            interrupt_on_timeout=True, shutdown_kernel="immediate")
 
     def execute(source: str) -> tuple[str, str]:
         """What a cell prints, and its error."""
