@@ -190,19 +190,26 @@ def test_a_kernel_has_no_say_in_its_points(tmp_path):
     assert graded(tmp_path, notebook(cells))[0] == set(ASKED) - {"3.1"}
 
 
-NOTICES = """
+ON_RANKS = """
 class Runs:
     def __reduce__(self):
         import pathlib
         return pathlib.Path.touch, (pathlib.Path(marker),)
 
 def notices(flat, rank, world_size, exchange):
-    from zero_ref.labs import judge, on_collectives
-    judge._observed = lambda *args: {}  # what everything gives on this rank from now on
-    judge.same = lambda a, b: True
+    from zero_ref.labs import on_collectives
     if "ipykernel" in sys.modules:
         return on_collectives.ring_reduce_scatter(flat, rank, world_size, exchange)
     return Runs()
+
+def patches(own, rank, world_size, exchange):
+    from zero_ref.labs import judge, on_collectives
+    judge._observed = lambda *args: {}  # what everything gives on this rank from now on
+    judge.same = lambda a, b: True
+    return on_collectives.ring_all_gather(own, rank, world_size, exchange)
+
+def nothing(*args):
+    return 3
 """
 
 
@@ -217,16 +224,17 @@ def _fresh_ranks():
 @pytest.mark.usefixtures("_fresh_ranks")
 def test_a_rank_has_no_say_in_its_points(tmp_path):
     marker = tmp_path / "ran"
-    cells = [HEAD, f"import sys\nmarker = {str(marker)!r}", NOTICES, 'check("1.1", notices)',
-             "def nothing(*args):\n    return 3", 'check("1.2", nothing)']
+    cells = [f"import sys\nmarker = {str(marker)!r}", ON_RANKS,
+             'check("1.1", notices)\ncheck("1.2", patches)\ncheck("1.3", nothing)']
     points, found = graded(tmp_path, notebook(cells))
-    assert points == set() and not marker.exists(), found
+    assert points == {"1.2"} and not marker.exists(), found
 
 
 def test_a_notebook_without_an_end_gets_what_is_before_and_after(tmp_path):
     forever = "while True:\n    pass"
     stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + forever
-    cells = [*CELLS[:3], forever, *CELLS[3:5], stubborn, *CELLS[5:]]
+    at_once = 'assert "judged afterwards" in check("3.1", shard_bounds).text'
+    cells = [*CELLS[:3], forever, *CELLS[3:5], at_once, stubborn, *CELLS[5:]]
     points, found = graded(tmp_path, notebook(cells), seconds=12)
     assert points == {"3.1", "3.2"}
     assert [line["failed"] for line in found if "failed" in line] == [
