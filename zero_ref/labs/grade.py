@@ -77,7 +77,7 @@ def _grade(folder: Path, seconds: float, say: Callable[..., None]) -> None:
     for path in found:
         try:
             given, failed = run(cells_of(path), path.parent, seconds)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # no notebook, or its kernel does not start
             say(broken=str(error))
             continue
         for name, more in given.items():
@@ -143,8 +143,9 @@ def grade(learners: dict[str, dict[str, bytes]], seconds: float,
     """A row for each learner: "points" and "of", for each exercise its points and the verdict, what
     "failed" meanwhile, and whether it was "graded" at all. seconds: for each notebook. done: is
     called after each learner."""
-    at_once = max(1, (os.cpu_count() or 1) // 2)  # each has a kernel, and ranks
-    with ThreadPoolExecutor(at_once) as workers:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # Each has a kernel and up to eight ranks: too many at once would need much memory.
+    with ThreadPoolExecutor(min(cores or 1, 8)) as workers:
         rows = {workers.submit(_row, name, files, seconds): name
                 for name, files in learners.items()}
         try:
