@@ -5,7 +5,8 @@
 # make compare       the main job: all stages side by side on real data
 # make quick         after each edit, half a minute: ruff, mypy, tests without ranks, a few with them
 # make test          all checks: ruff, mypy, pytest, and the notebooks once more
-# make soak          checks that take long: wrong answers made from the exercises' solutions
+# make soak          checks that take long: wrong answers made from the exercises' solutions, and
+#                    damaged notebooks
 # make test-newest   pytest with the newest release of everything, in an environment of its own
 # make test-browser  the notebooks' widgets in a real browser, where Chromium is installed
 # make notebooks     runs all notebooks and keeps what they print and show
@@ -49,6 +50,7 @@ test: .venv/.installed-test
 
 soak: .venv/.installed-test
 	$(BIN)/python tests/soak_labs.py --table docs/soak.md $(ARGS)
+	$(BIN)/python tests/soak_grade.py --table docs/soak.md
 
 # What people get who install without the pins.
 test-newest:

@@ -1,4 +1,4 @@
-"""The command line: `zero-ref compare`, `zero-ref bench` and `zero-ref train`."""
+"""The command line: `zero-ref compare`, `bench`, `train` and `grade`."""
 
 import argparse
 import json
@@ -81,6 +81,21 @@ def _parser():
     bench.add_argument("--backend", choices=["gloo", "nccl"])
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     bench.add_argument("--figure", type=Path, metavar="FILE", help="draw the result (.png, .svg)")
+
+    grade = commands.add_parser(
+        "grade", help="points for what learners have written in the course's notebooks",
+        description="Run learners' notebooks and judge their answers, each apart from the others. "
+                    "Exit status 1 if something could not be graded, such as a file that is no "
+                    "notebook.")
+    grade.set_defaults(run=_grade)
+    grade.add_argument("paths", type=Path, nargs="+", metavar="PATH",
+                       help="a notebook, a my_zero.py, or a folder with a file or a folder for "
+                            "each learner")
+    grade.add_argument("--csv", type=Path, metavar="FILE",
+                       help="write a line for each learner and exercise")
+    grade.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
+    grade.add_argument("--timeout", type=float, default=120, metavar="S",
+                       help="seconds for a notebook, of which a cell gets a quarter; default: 120")
 
     for command in (compare, train):
         what = command.add_mutually_exclusive_group()
@@ -222,9 +237,21 @@ def _bench(args):
     return 0
 
 
-def _check_output(json_file, figure=None):
+def _grade(args):
+    from .grade import print_report, run, write_csv
+
+    _check_output(args.json, None, args.csv)
+    rows = run(args.paths, args.timeout)
+    print_report(rows)
+    _write_json(args.json, rows)
+    if args.csv:
+        write_csv(args.csv, rows)
+    return 0 if all(row["graded"] for row in rows) else 1
+
+
+def _check_output(json_file, figure=None, csv_file=None):
     """Complain about a file that cannot be written before the run, not after it."""
-    for path in filter(None, (json_file, figure)):
+    for path in filter(None, (json_file, figure, csv_file)):
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
         if not path.resolve().parent.is_dir():

@@ -1,0 +1,300 @@
+"""Grading: damaged notebooks lose what is damaged, cheating earns nothing, and one learner's
+notebook changes nothing of another's points."""
+
+import csv
+import inspect
+import json
+import os
+import pickle
+import re
+
+import psutil
+import pytest
+import torch
+
+from zero_ref.commands.cli import main
+from zero_ref.labs import answers, grade, judge, plain, small
+from zero_ref.labs.exercise import Todo
+from zero_ref.labs.quiz import QUESTIONS
+from zero_ref.ranks import launch, pool, travel
+from zero_ref.ranks.errors import failure_of
+
+ASKED = [name for name in answers.NAMES if name.startswith("3.")]  # by notebook 3
+HEAD = "import os, torch\nfrom zero_ref.labs import check, todo"
+BOUNDS, FLATTEN = map(inspect.getsource, (small.shard_bounds, small.flatten))
+RIGHT = {name: question.right for name, question in QUESTIONS.items() if name.startswith("3.")}
+LOOP = "for name, letter in my_answers.items():\n    print(check(name, letter))"
+CELLS = [HEAD, BOUNDS, 'check("3.1", shard_bounds)', FLATTEN, 'check("3.2", flatten)',
+         f"my_answers = {RIGHT}", LOOP]
+OF_BOUNDS, CHECK_OF_BOUNDS, OF_FLATTEN, CHECK_OF_FLATTEN = 1, 2, 3, 4
+
+
+def cell(source, kind="code"):
+    return {"cell_type": kind, "source": source, "metadata": {}, "id": "same", "outputs": [],
+            "execution_count": None}
+
+
+def notebook(cells):
+    return {"cells": [c if isinstance(c, dict) else cell(c) for c in cells], "nbformat": 4,
+            "nbformat_minor": 5, "metadata": {"kernelspec": {"name": "python3"}}}
+
+
+def graded(folder, content, name="03_alice.ipynb", seconds=60):
+    """The names that got their point, and all that was found."""
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    found = []
+    grade._grade(folder, seconds, lambda **facts: found.append(facts))
+    return {line["name"] for line in found if line.get("points")}, found
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_read_again(monkeypatch):
+    monkeypatch.setattr(pool, "read", pool.read)
+
+
+# ---- damaged notebooks ---------------------------------------------------------------------------
+
+
+def without(*places):
+    return [c for i, c in enumerate(CELLS) if i not in places]
+
+
+def instead(place, *cells):
+    return [*CELLS[:place], *cells, *CELLS[place + 1 :]]
+
+
+def split(source):
+    lines = source.splitlines(keepends=True)
+    return "".join(lines[: len(lines) // 2]), "".join(lines[len(lines) // 2 :])
+
+
+TODO = re.sub(r"    size = (.|\n)*", "    todo('2 lines')", BOUNDS)
+DAMAGED = {  # and what it loses
+    "not at all": (CELLS, set()),
+    "a definition is deleted": (without(OF_BOUNDS), {"3.1"}),
+    "a check is deleted": (without(CHECK_OF_FLATTEN), {"3.2"}),
+    "a check is copied": ([*CELLS, CELLS[CHECK_OF_BOUNDS]], set()),
+    "an unsolved copy stays below": ([*CELLS, TODO, CELLS[CHECK_OF_BOUNDS]], set()),
+    "a definition is split": (instead(OF_BOUNDS, *split(BOUNDS)), {"3.1"}),
+    "cells are merged": ([*CELLS[:-2], "\n".join(CELLS[-2:])], set()),
+    "cells are reversed": (CELLS[::-1], set()),
+    "a check is Markdown": (instead(CHECK_OF_BOUNDS, cell(CELLS[CHECK_OF_BOUNDS], "markdown")),
+                            {"3.1"}),
+    "a definition is raw": (instead(OF_FLATTEN, cell(FLATTEN, "raw")), {"3.2"}),
+    "a cell is of no known type": ([cell("?", "sql"), {}, 3, *CELLS], set()),
+    "outputs are broken": (instead(OF_BOUNDS, {**cell(BOUNDS), "outputs": "none"}), set()),
+    "a cell is no Python": (["Here I have (tried a lot", *CELLS], set()),
+    "a cell raises": ([CELLS[0], "raise SystemExit('over')", *CELLS[1:]], set()),
+    "a parameter is renamed": (instead(OF_BOUNDS, BOUNDS.replace("rank):", "r):")), {"3.1"}),
+    "sources are lists": ([cell(c.splitlines(keepends=True)) for c in CELLS], set()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_only_what_is_damaged_loses_its_point(damage, tmp_path):
+    cells, lost = DAMAGED[damage]
+    damaged = {**notebook(cells), "metadata": {"kernelspec": {"name": "julia"}}, "nbformat": "4"}
+    points, found = graded(tmp_path, damaged, name="my work.ipynb")
+    assert points == set(ASKED) - lost, found
+    assert found[0] == {"asked": ASKED}
+    assert not [line for line in found if "broken" in line]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"cells": 3}', "[" * 100_000, "cells",
+                                     json.dumps(notebook(CELLS))[:-100]])
+def test_what_is_no_notebook_is_said(content, tmp_path):
+    points, found = graded(tmp_path, content)
+    assert points == set()
+    assert found[0] == {"asked": ASKED}  # as far as its name tells
+    assert found[1]["broken"].startswith("03_alice.ipynb is no notebook: ")
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def test_checks_are_found_by_the_call():
+    assert answers.checks_in('x = 1\nprint(labs.check("4.2", f), 3)') == ["[('4.2', f)]"]
+    assert answers.checks_in('%time\n!ls\ncheck(name="1.1", answer=f)') == ["[('1.1', f)]"]
+    assert answers.checks_in("for a, b in c.items():\n  for d in b: check(a, d)") == [
+        "[(a, d) for a, b in c.items() for d in b]"]
+    assert answers.checks_in("[check(n, a) for n, a in b]") == ["[(n, a) for n, a in b]"]
+    for source in ("checks('1.1', f)", "# check('1.1', f)", "%%ranks 4\ncheck('1.1', f)", "check("):
+        assert answers.checks_in(source) == []
+
+
+def test_what_the_kernel_prints_beside_answers_is_skipped():
+    text = '7\n{"name": "x"}\n[]\nnull\n{"name": "3.q1", "plain": "b"}\n{"plain": 3}\n\n{'
+    assert list(answers._told(text)) == [("3.q1", "b")]
+
+
+def test_the_best_answer_counts_and_of_letters_the_last():
+    def wrong(numel, world_size, rank):
+        return 0, numel
+
+    packed = [answers.Packed(travel.dumps(f)) for f in (small.shard_bounds, wrong, None)]
+    letters = [*"abcd", None]
+    letters[letters.index(RIGHT["3.q1"])] = "a"
+    given = {"3.1": packed, "3.q1": [RIGHT["3.q1"], *letters], "3.q2": ["x", RIGHT["3.q2"], None]}
+    found = {name: bool(verdict) for name, verdict in grade.judged(ASKED, given)}
+    assert found == {"3.1": True, "3.q1": False, "3.q2": True}
+
+
+# ---- what ranks send -----------------------------------------------------------------------------
+
+
+def test_plain_data_is_read():
+    try:
+        raise ValueError("broken")
+    except ValueError as error:
+        failure = failure_of(error)
+    half, view = torch.ones(3, dtype=torch.bfloat16), torch.arange(6).view(2, 3).t()
+    sent = {"numbers": [1, 2.5, True, None, (3, b"x")], "failure": failure, "size": view.shape}
+    assert plain.loads(travel.dumps(sent)) == sent
+    for tensor in (half, view, torch.ones(()), torch.empty(0)):
+        read = plain.loads(travel.dumps(tensor))
+        assert torch.equal(read, tensor) and read.dtype == tensor.dtype
+    assert plain.loads(travel.dumps(Todo("2 lines"))).args == ("2 lines",)
+
+
+class Runs:
+    def __init__(self, function, *args):
+        self.made = function, args
+
+    def __reduce__(self):
+        return self.made
+
+
+@pytest.mark.parametrize("sent", [
+    Runs(os.system, "true"), Runs(eval, "1"), Runs(pickle.loads, pickle.dumps(1)),
+    Runs(torch.storage._load_from_bytes, pickle.dumps(Runs(eval, "1"), 2)), lambda: 1, Runs, os])
+def test_nothing_that_a_rank_sends_is_run(sent):
+    message = travel.dumps(("done", {"the result": sent}))
+    with pytest.raises(pickle.UnpicklingError, match=r"plain data|[Ww]eights"):
+        plain.loads(message)
+
+
+# ---- cheating ------------------------------------------------------------------------------------
+
+WRONG = "def shard_bounds(numel, world_size, rank):\n    return 0, numel"
+PATCHES = """
+from zero_ref.labs import answers, judge, small
+judge.same = lambda a, b: True
+judge.check = check = lambda *args: print("3.1 is right.") or judge.Verdict(True, "3.1 is right.")
+small.shard_bounds.__code__ = (lambda *args: (0, 0)).__code__
+print('{"name": "3.1", "points": 1}')
+"""
+
+
+def test_a_kernel_has_no_say_in_its_points(tmp_path):
+    cells = [HEAD, PATCHES, WRONG, *CELLS[CHECK_OF_BOUNDS:]]
+    assert graded(tmp_path, notebook(cells))[0] == set(ASKED) - {"3.1"}
+
+
+ON_RANKS = """
+class Runs:
+    def __reduce__(self):
+        import pathlib
+        return pathlib.Path.touch, (pathlib.Path(marker),)
+
+def notices(flat, rank, world_size, exchange):
+    from zero_ref.labs import on_collectives
+    if "ipykernel" in sys.modules:
+        return on_collectives.ring_reduce_scatter(flat, rank, world_size, exchange)
+    return Runs()
+
+def patches(own, rank, world_size, exchange):
+    from zero_ref.labs import judge, on_collectives
+    judge._observed = lambda *args: {}  # what everything gives on this rank from now on
+    judge.same = lambda a, b: True
+    return on_collectives.ring_all_gather(own, rank, world_size, exchange)
+
+def nothing(*args):
+    return 3
+"""
+
+
+@pytest.fixture
+def _fresh_ranks():
+    launch._close_all()
+    judge._of_solution.cache_clear()
+    yield
+    launch._close_all()
+
+
+@pytest.mark.usefixtures("_fresh_ranks")
+def test_a_rank_has_no_say_in_its_points(tmp_path):
+    marker = tmp_path / "ran"
+    cells = [f"import sys\nmarker = {str(marker)!r}", ON_RANKS,
+             'check("1.1", notices)\ncheck("1.2", patches)\ncheck("1.3", nothing)']
+    points, found = graded(tmp_path, notebook(cells))
+    assert points == {"1.2"} and not marker.exists(), found
+
+
+def test_a_notebook_without_an_end_gets_what_is_before_and_after(tmp_path):
+    forever = "while True:\n    pass"
+    stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + forever
+    at_once = 'assert "judged afterwards" in check("3.1", shard_bounds).text'
+    cells = [*CELLS[:3], forever, *CELLS[3:5], at_once, stubborn, *CELLS[5:]]
+    points, found = graded(tmp_path, notebook(cells), seconds=12)
+    assert points == {"3.1", "3.2"}
+    assert [line["failed"] for line in found if "failed" in line] == [
+        "03_alice.ipynb, cell 4: KeyboardInterrupt",
+        "03_alice.ipynb, the kernel: was ended after 12 s"]
+
+
+# ---- a class -------------------------------------------------------------------------------------
+
+LEAVES = """
+import subprocess, shutil
+subprocess.Popen(["sleep", "1234567"], start_new_session=True)
+shutil.rmtree(os.getcwd())
+os._exit(0)
+"""
+
+
+def test_a_class_is_graded(tmp_path, capsys):
+    folder = tmp_path / "class"
+    (folder / "bob").mkdir(parents=True)
+    half = [HEAD, WRONG, CELLS[CHECK_OF_BOUNDS], "import helper", *CELLS[OF_FLATTEN:5]]
+    (folder / "bob" / "03.ipynb").write_text(json.dumps(notebook(half)))
+    (folder / "bob" / "helper.py").write_text("")
+    (folder / "carol.ipynb").write_text(json.dumps(notebook([*CELLS[:3], LEAVES, *CELLS[3:]])))
+    (folder / "dave.ipynb").write_text("{")
+    (folder / "erin.py").write_text("\n\n\n".join([HEAD, BOUNDS, "from zero_ref.labs.small import "
+                                                   "Stage0"]))
+    (folder / "notes.txt").write_text("not an answer")
+    table, everything = tmp_path / "points.csv", tmp_path / "points.json"
+    status = main(["grade", str(folder), "--csv", str(table), "--json", str(everything)])
+    shown = capsys.readouterr().out
+    assert status == 1, shown
+    rows = {row["learner"]: row for row in json.loads(everything.read_text())}
+    assert {name: (row["points"], row["of"]) for name, row in rows.items()} == {
+        "bob": (1, 7), "carol": (1, 7), "dave": (0, 0), "erin": (1, 8)}
+    assert [name for name, row in rows.items() if not row["graded"]] == ["dave"]
+    assert re.search(r"bob .* 1/7 .* 3\.1: ", shown)
+    assert re.search(r"carol .* 1/7 .* the kernel: ended by itself", shown)
+    assert re.search(r"dave .* 0/0 .* dave\.ipynb is no notebook", shown)
+    assert "3 of 4 were graded, but not, or not in full: dave." in shown
+    with table.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["exercise"] for line in lines if line["points"] == "1"] == ["3.2", "3.1", "3.1"]
+    assert (folder / "carol.ipynb").exists()
+    left = [process for process in psutil.process_iter(["cmdline"])
+            if "1234567" in (process.info["cmdline"] or ())]
+    assert not left
+
+
+@pytest.mark.parametrize("arguments, sentence", [
+    (["/no/such/file.ipynb"], "there is no /no/such/file.ipynb"),
+    ([__file__, "--timeout", "0"], "give a number of seconds above 0"),
+    ([__file__, "--csv", "/no/such/folder/file.csv"], "the folder /no/such/folder does not"),
+])
+def test_bad_arguments(arguments, sentence, capsys):
+    assert main(["grade", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+def test_an_empty_folder_is_said(tmp_path, capsys):
+    assert main(["grade", str(tmp_path)]) == 2
+    assert "nothing to grade" in capsys.readouterr().err
