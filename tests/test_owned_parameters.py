@@ -485,6 +485,16 @@ def test_whatever_is_set_as_a_gradient_is_a_slice_of_one(plain):
     toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
 
 
+def test_other_tensors_may_get_a_parameter_of_the_optimizers():
+    def run(stage):
+        for p in wrapped(stage).parameters():
+            other = nn.Parameter(torch.zeros(p.shape))
+            other.data, other.grad = p, p
+            assert other.detach().tolist() == p.detach().tolist()
+
+    toy.ranks(lambda: [run(stage) for stage in STAGES], 2)
+
+
 def test_weight_decay_by_hand_may_forget_no_grad():
     def loop(kind):
         model = wrapped(kind)

@@ -196,6 +196,7 @@ class Unit(Layout):
         for index, (p, grad) in enumerate(zip(self.master_params, self.master_views(reduced))):
             if not p.requires_grad or (index in missing and nobody_had_it(grad)):
                 continue
+            # Detached, it may be edited in place as no view of autograd's may.
             grad = grad.detach() if p.grad is None else p.grad.add_(grad)
             p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
         return added

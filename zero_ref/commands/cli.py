@@ -128,7 +128,7 @@ def _compare(args):
         return 0
     from .compare import run
 
-    _check_output(args.json, args.figure)
+    _check_output(args.json, figure=args.figure)
     ours = _world_size(args)
     short = [name.rpartition(":")[2] for name in args.system]
     systems = {last if short.count(last) == 1 else name: _loaded_there(name)
@@ -224,7 +224,7 @@ def _make_task(args, world_size) -> Callable[[], Task]:
 def _bench(args):
     from .bench import bench, print_report
 
-    _check_output(args.json, args.figure)
+    _check_output(args.json, figure=args.figure)
     report = bench(args.model, args.systems, args.world_size, rounds=args.rounds, steps=args.steps,
                    device=args.device, backend=args.backend)
     print_report(report)
@@ -240,7 +240,7 @@ def _bench(args):
 def _grade(args):
     from .grade import print_report, run, write_csv
 
-    _check_output(args.json, None, args.csv)
+    _check_output(args.json, args.csv)
     rows = run(args.paths, args.timeout)
     print_report(rows)
     _write_json(args.json, rows)
@@ -249,9 +249,9 @@ def _grade(args):
     return 0 if all(row["graded"] for row in rows) else 1
 
 
-def _check_output(json_file, figure=None, csv_file=None):
+def _check_output(*files, figure=None):
     """Complain about a file that cannot be written before the run, not after it."""
-    for path in filter(None, (json_file, figure, csv_file)):
+    for path in filter(None, (*files, figure)):
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder; name a file in it")
         if not path.resolve().parent.is_dir():

@@ -49,8 +49,7 @@ class LocalGrad(Marked):
 
 def plain(grad: Tensor) -> Tensor:
     """A reduced gradient without its mark."""
-    if isinstance(grad, LocalGrad):
-        raise RuntimeError(_IS_LOCAL)
+    refuse_local([grad])
     return grad.as_subclass(Tensor)
 
 

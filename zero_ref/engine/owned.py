@@ -24,8 +24,9 @@ class MasterParameter(nn.Parameter):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__"):  # an attribute
-            if args[0]._is_slice and func == _SET_GRAD and type(args[1]) is Tensor:
-                args = args[0], args[1].as_subclass(GradSlice)
+            p, *value = args  # p may be another tensor, and this its value
+            if func == _SET_GRAD and type(*value) is Tensor and getattr(p, "_is_slice", False):
+                args = p, value[0].as_subclass(GradSlice)
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args)
         if func is torch.autograd.grad:

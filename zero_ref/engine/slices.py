@@ -125,12 +125,13 @@ class _Slice(Marked):
     @classmethod
     def call(cls, name, func, args, kwargs, given):
         """(result, what it is): of the function's operators, those that do not fit are refused."""
-        summed: list[str] = []
-        in_loss = cls is ParamSlice and torch.is_grad_enabled()
         if name in ("__repr__", "__get__", "__set__"):
             return func(*args, **kwargs), cls
+        summed = False
+        in_loss = cls is ParamSlice and torch.is_grad_enabled()
 
         def look(op, base, op_args):
+            nonlocal summed
             reduction = _reduction(op, op_args)
             adds_up = base in _SUMS or reduction == 2
             fits = (cls.may_be_summed if adds_up else
@@ -138,7 +139,7 @@ class _Slice(Marked):
                     or (base in _PARTS and name != "__setitem__" and not in_loss))
             if not fits or (summed and base not in _VIEWS):
                 cls.refuse(name)
-            summed.extend([base] * adds_up)
+            summed |= adds_up
 
         if name == _UNSCALE or (name in _VALUES and not cls.may_be_summed):
             cls.refuse(name)
@@ -149,8 +150,10 @@ class _Slice(Marked):
             raise
         except (RuntimeError, IndexError) as error:  # as where sizes do not fit a slice's
             cls.refuse(name, error)
+        if summed:
+            return result, PartOfSum
         made_new = name.endswith("_like") or name.startswith("new_")
-        return result, PartOfSum if summed else None if made_new and cls is ParamSlice else cls
+        return result, None if made_new and cls is ParamSlice else cls
 
 
 class Refused(RuntimeError):

@@ -5,6 +5,7 @@ away; those in the course itself are for readers.
 """
 
 import argparse
+import os
 import shutil
 from pathlib import Path
 
@@ -18,14 +19,13 @@ def copy_course(course: Path, folder: Path) -> list[Path]:
     for file in missing:
         notebook = nbformat.read(file, as_version=4)
         notebook.metadata.pop("widgets", None)
-        for cell in notebook.cells:  # links to pages that are beside the copy
-            cell.source = cell.source.replace("](../docs/", "](docs/")
         for cell in notebook.cells:
+            cell.source = cell.source.replace("](../docs/", "](docs/")  # linked below
             if cell.cell_type == "code":
                 cell.outputs, cell.execution_count = [], None
         nbformat.write(notebook, folder / file.name)
-    if not (folder / "docs").exists():
-        (folder / "docs").symlink_to((course.parent / "docs").resolve())
+    if not os.path.lexists(folder / "docs"):
+        (folder / "docs").symlink_to(os.path.relpath(course.parent / "docs", folder))
     return [folder / file.name for file in missing]
 
 
