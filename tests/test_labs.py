@@ -19,6 +19,8 @@ from zero_ref.labs import check, judge, keep, lines, questions, small, todo
 from zero_ref.labs.exercises import EXERCISES
 from zero_ref.labs.ordering import ORDERINGS
 from zero_ref.labs.quiz import QUESTIONS
+from zero_ref.observe.kernel import tcp_bytes_sent
+from zero_ref.ranks.launch import processes
 
 MISTAKES = [pytest.param(name, index, id=f"{name}-{mistake.code.__name__.strip('_')}")
             for name, exercise in EXERCISES.items()
@@ -228,6 +230,43 @@ def test_what_is_not_sent_through_comm_is_said():
 
     assert "Nothing was sent through zero_ref.comm." in check("2.2", Directly).text
     assert "Nothing was sent" not in check("4.1", AllReducesDirectly).text
+
+
+class AlsoSends(small.Stage1):
+    def reduce(self, unit, grad):
+        torch.distributed.all_reduce(grad.clone())
+        super().reduce(unit, grad)
+
+
+def test_what_the_ranks_send_besides_is_counted_by_the_kernel(monkeypatch):
+    zero_ref.launch(judge._ready, 4, backend=judge.BACKEND)
+    if tcp_bytes_sent(processes(4, judge.BACKEND)[0]) is None:
+        pytest.skip("the kernel does not say what another process has sent")
+    verdict = check("4.2", AlsoSends)
+    assert not verdict and "as the kernel counts them" in verdict.text, verdict
+    monkeypatch.setattr(judge, "tcp_bytes_sent", lambda pid: None)
+    judge._of_solution.cache_clear()
+    assert check("4.2", AlsoSends)  # nobody can tell, and nothing else is wrong
+    judge._of_solution.cache_clear()
+
+
+def test_the_kernel_counts_a_process_s_connections_and_nothing_else():
+    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent("""
+        import socket
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as one:
+            one.connect(server.getsockname())
+            there, _ = server.accept()
+            one.sendall(bytes(1000)), there.sendall(bytes(200))
+            left, right = socket.socketpair()
+            left.sendall(bytes(50))
+            print("sent", flush=True)
+            input()
+        """)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with other:
+        assert other.stdout.readline() == "sent\n"
+        assert tcp_bytes_sent(other.pid) in (1200, None)
+        other.communicate("\n")
+    assert tcp_bytes_sent(other.pid) is None
 
 
 def test_whole_numbers_are_wanted_for_bounds():

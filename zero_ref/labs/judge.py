@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from ..course import wrapped
 from ..engine import check as checking
+from ..observe.kernel import tcp_bytes_sent
 from ..ranks.errors import RankError, Stuck
-from ..ranks.launch import launch, within
+from ..ranks.launch import launch, processes, within
 from .exercise import Exercise, Mistake, Observed, Todo
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
@@ -91,8 +92,9 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
         return Verdict(False, f"{name} takes {exercise.takes}, and got {_shown(answer)}.")
     found: list[Observed] = []
     for world_size in exercise.world_sizes:
-        expected, seconds = _of_solution(name, world_size)
-        outcome = outcome_of(exercise, world_size, answer, LIMIT + 5 * seconds)
+        expected, seconds, solutions_sent = _of_solution(name, world_size)
+        with _counting(world_size) as sent:
+            outcome = outcome_of(exercise, world_size, answer, LIMIT + 5 * seconds)
         if isinstance(outcome, Failed):
             hint = _hint_for_error(exercise, outcome)
             return Verdict(False, "\n".join([f"{name} is not right yet{_on(world_size)}.",
@@ -110,6 +112,8 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
                          if what in seen or what == wrong[0]]
                 hint = _hint(name, exercise, world_size, outcome, wrong[0])
                 return Verdict(False, "\n".join([where, *lines, *hint]))
+        if besides := _besides(sent, solutions_sent):
+            return Verdict(False, f"{name} is not right yet{_on(world_size)}.\n{besides}")
         found.append(expected[0])
     numbers = [f"{what}: {_shown(value)}" for what, value in found[0].items()
                if isinstance(value, int) and not isinstance(value, bool) and value]
@@ -117,6 +121,16 @@ def judge(name: str, exercise: Exercise, answer: Any) -> Verdict:
     where = f" On rank 0 of {first}, " if first > 1 else " "
     facts = f"{where}{'; '.join(numbers)}." if numbers else ""
     return Verdict(True, f"{name} is right{_on(*exercise.world_sizes)}.{facts}")
+
+
+def _besides(sent, solutions_sent):
+    """What to say if a rank has sent more than the solution does."""
+    for rank, (count, enough) in enumerate(zip(sent, solutions_sent)):
+        if count > 1.1 * enough + 1000:  # names of units travel, too, and may be longer
+            return (f"All results are right, but rank {rank} has sent {count:,} bytes, as the "
+                    f"kernel counts them, and {enough:,} are enough.\nHint: Something is sent that "
+                    "is not needed, and not through zero_ref.comm, which would have counted it.")
+    return ""
 
 
 def _on(*world_sizes):
@@ -145,15 +159,34 @@ def outcome_of(exercise: Exercise, world_size: int, answer: Any, limit: float) -
 
 
 @functools.cache
-def _of_solution(name: str, world_size: int) -> tuple[list[Observed], float]:
-    """What the solution does, and in how many seconds."""
+def _of_solution(name: str, world_size: int) -> tuple[list[Observed], float, list[int]]:
+    """What the solution does, in how many seconds, and the bytes that each rank sends."""
     from .exercises import EXERCISES
 
     exercise = EXERCISES[name]
-    launch(_ready, world_size, backend=BACKEND)
-    start = time.monotonic()
-    outcome = launch(_observed, world_size, exercise.observe, exercise.solution, backend=BACKEND)
-    return outcome, time.monotonic() - start
+    with _counting(world_size) as sent:
+        start = time.monotonic()
+        outcome = launch(_observed, world_size, exercise.observe, exercise.solution,
+                         backend=BACKEND)
+        seconds = time.monotonic() - start
+    return outcome, seconds, sent
+
+
+@contextmanager
+def _counting(world_size: int) -> Iterator[list[int]]:
+    """The bytes that each rank sends inside the block, as the kernel counts them, in a list that is
+    filled when it ends; it stays empty where the kernel does not say."""
+    launch(_ready, world_size, backend=BACKEND)  # with all connections made
+
+    def counts() -> dict[int, int]:
+        found = {pid: tcp_bytes_sent(pid) for pid in processes(world_size, BACKEND)}
+        return {pid: count for pid, count in found.items() if count is not None}
+
+    before, sent = counts(), list[int]()
+    yield sent
+    after = counts()
+    if before.keys() == after.keys():
+        sent += [after[pid] - before[pid] for pid in before]
 
 
 @functools.cache

@@ -79,6 +79,13 @@ def within(seconds: float, fn: Callable[..., Any], world_size: int, *args: Any,
             raise
 
 
+def processes(world_size: int, backend: str) -> list[int]:
+    """The process ids of the ranks that wait for a call, by rank; none if there are no such ranks.
+    """
+    pool = _pools.get((world_size, backend))
+    return [process.pid or 0 for process in pool.ranks] if pool is not None else []
+
+
 def init(backend: str | None = None) -> torch.device:
     """Join the ranks that torchrun started. Returns this rank's torch.device.
 
