@@ -80,6 +80,9 @@ def _observe_mixed(answer) -> Observed:
             optimizer.step()
             optimizer.zero_grad()
     return {**held, **what_was_sent(sent.events),
+            "unit.shard is still a slice of unit.flat": all(
+                unit.shard.untyped_storage().data_ptr() == unit.flat.untyped_storage().data_ptr()
+                for unit in model.units),
             "autograd has recorded the copy": any(
                 unit.flat.requires_grad or unit.shard.requires_grad for unit in model.units),
             "the shard is the master, rounded": all(
@@ -97,8 +100,9 @@ def _held(model, optimizer):
     kept = [vars(unit) for unit in model.units]
     kept.append({name: value for name, value in vars(model).items() if not name.startswith("_")})
     found, before, together = {}, 0, []
-    for what, tensors in (("parameters", params), ("gradients", grads),
+    for what, tensors in (("parameters", params),
                           ("master and optimizer states", [*model.parameters(), *states]),
+                          ("gradients", grads),
                           ("anything else that the units keep", tensors_in(kept))):
         together += tensors
         found[f"bytes of {what}"] = memory._bytes(together) - before
@@ -133,7 +137,7 @@ class _Messages(TorchDispatchMode):
 
 
 def _observe_scale(answer) -> Observed:
-    model = _Overflows(course.build(seed=dist.get_rank())[:3])  # two units
+    model = _Overflows(course.build(seed=dist.get_rank())[:4])  # three units
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     scaler, scales, taken, messages = answer(2.0**10, 2), [], [], []
 
@@ -179,17 +183,16 @@ def _observe_buffers(answer) -> Observed:
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
             optimizer.zero_grad()
-    trained = [*seen]
+    trained, saved = [*seen], weights_of(model)
     if rank == 0:  # evaluates alone
         model.eval()
-        with torch.no_grad():
-            model(images)
+        model(images)
     of_buffers = what_was_sent([event for event in sent.events
                                 if (event.op, event.phase) != ("all_reduce", "backward")])
     del of_buffers["collectives"]  # one for each buffer or one for each dtype
     return {**of_buffers, **{f"the buffers when forward {step + 1} begins": buffers
                            for step, buffers in enumerate(trained)},
-            "what rank 0 saves": weights_of(model) if rank == 0 else None}
+            "what rank 0 saves": saved if rank == 0 else None}
 
 
 # ---- wrong answers -------------------------------------------------------------------------------
@@ -587,7 +590,7 @@ ON_TRAINING = {
             Mistake(_OneForEachUnit, "One collective for each slice of the gradients. A rank can "
                     "first make one number of all its slices."),
             Mistake(_TellsTheOthers, "Every rank takes part in a collective, also one that has "
-                    "nothing to report: the others cannot know that.", "stuck|is missing|diverge"),
+                    "nothing to report: the others cannot know that.", "stuck|is missing"),
             Mistake(_ItsOwnScale, "All skip the same steps, but each changes its scale by what it "
                     "has found itself. Then their losses are multiplied by different numbers."),
             Mistake(_NeverHalves, "After an overflow the scale stays, so the next step overflows, "
@@ -608,7 +611,8 @@ ON_TRAINING = {
          "inf or NaN, and taken on all ranks otherwise.",
          "the scale after each step": "Halved after an overflow, doubled after growth_interval "
          "good steps in a row, and otherwise as it was.",
-         "collectives in each step": "One in each step, whether or not there is an overflow.",
+         "collectives in each step": "One in each step, whether or not there is an overflow. "
+         "(Those of objects send sizes first.)",
          "the largest message": "One number from each rank is enough.", "weights": _UNSCALE}),
     "7.4": Exercise(
         "a class like small.Stage0, with forward(self, *args)", _observe_buffers, WithBuffers, [
