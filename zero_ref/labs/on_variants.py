@@ -669,8 +669,8 @@ ON_VARIANTS = {
             Mistake(_in_a_list, "In a list, `in` compares with ==, which for tensors means "
                     "element by element. A set compares whether it is the same object.",
                     "Boolean value of Tensor"),
-            Mistake(_names, "The buffer is made of the parameters themselves, not of their names.",
-                    "'str' object has no attribute"),
+            Mistake(_names, "The lists are to hold the module's parameters themselves: not their "
+                    "names, and not p.data, which is another tensor."),
             Mistake(_copies, "Layers 1 and 6 have weights of their own now. They shared one, and "
                     "would now be trained apart."),
         ],
@@ -722,7 +722,7 @@ ON_VARIANTS = {
          "micro-batches?"}),
     "10.1": Exercise(
         "a function (flat), which changes flat", _observe_two_levels, all_reduce_on_two_levels, [
-            Mistake(_one_level, "The mean is right, but half of what a rank sends goes to the "
+            Mistake(_one_level, "The mean is right, but two thirds of what a rank sends go to the "
                     "other machine, as much as the whole buffer. First add up inside the machine."),
             Mistake(_whole_buffer_across, "The whole buffer travels between the machines. A rank "
                     "needs to take only its own slice there, if its neighbour takes the other."),
