@@ -126,7 +126,7 @@ def _observe_tied(answer) -> Observed:
         "what is returned": "dict",
         "parameters in no unit": [name for key, name in names.items() if key not in taken],
         "units": {f'unit "{unit}"': [names.get(id(p), "something else") for p in params]
-                  for unit, params in units.items() if params}}
+                  for unit, params in units.items() if len(params)}}
     if found["parameters in no unit"]:
         return found  # the frame refuses to train
     model = small.Stage1(Assigned(net, units))
@@ -220,7 +220,8 @@ def _observe_two_levels(answer) -> Observed:
 
 def _observe_hybrid(answer) -> Observed:
     model = answer(course.build(seed=dist.get_rank()))
-    begins = course.same_bits(course.build(seed=0).state_dict(), weights_of(model))
+    same = course.same_bits(course.build(seed=0).state_dict(), weights_of(model))
+    begins = comm.all_gather_object(int(same), dist.group.WORLD, phase="init")
     optimizer, fullest = torch.optim.Adam(model.parameters(), lr=0.01), Fullest(model.units)
     for step in range(3):
         with recording_into(fullest), trace() as events, _messages() as sent:
@@ -230,7 +231,8 @@ def _observe_hybrid(answer) -> Observed:
             optimizer.zero_grad()
     found = what_was_sent(events.events)
     del found["bytes sent"]
-    return {**found, "begins with rank 0's weights": begins,
+    return {**found, "ranks that begin with rank 0's weights": [
+                rank for rank, the_same in enumerate(begins) if the_same],
             "bytes of optimizer states": held["optimizer"],
             "bytes of gradients": held["gradients"], "bytes of parameters": held["parameters"],
             "most full units at one time": fullest.most, "full units after backward": full,
@@ -670,7 +672,8 @@ ON_VARIANTS = {
                     "element by element. A set compares whether it is the same object.",
                     "Boolean value of Tensor"),
             Mistake(_names, "The lists are to hold the module's parameters themselves: not their "
-                    "names, and not p.data, which is another tensor."),
+                    "names, and not p.data, which is another tensor.",
+                    by=("parameters in no unit",)),
             Mistake(_copies, "Layers 1 and 6 have weights of their own now. They shared one, and "
                     "would now be trained apart."),
         ],
@@ -763,8 +766,9 @@ ON_VARIANTS = {
                     "a model of its own.",
                     by=("collectives", "bytes sent to the other machine")),
             Mistake(_MachinesStartDifferently, "The machines begin with different weights, and "
-                    "equal gradients keep them as far apart as they were. One rank of all four "
-                    "gives everyone its values."),
+                    "equal gradients do not bring them together. One rank of all four gives "
+                    "everyone its values, for each unit: self.group must not be replaced before.",
+                    by=("ranks that begin with rank 0's weights",)),
             Mistake(_DividesByTwo, _DIVIDED_BY_TWO),
             Mistake(_DividesTooOften, _DIVIDED_TOO_OFTEN),
             Mistake(_WholeGradientAcross, "The whole gradient travels between the machines. Reduce "
@@ -795,7 +799,8 @@ ON_VARIANTS = {
             Mistake(_OnlyOwnGroups, _OWN_GROUPS_ONLY, _WAITS),
         ],
         {**WAIT_HINTS,
-         "begins with rank 0's weights": "Before the first step everyone has rank 0's values.",
+         "ranks that begin with rank 0's weights": "Before the first step all have rank 0's "
+         "values, which stay as they are.",
          "bytes of optimizer states": "Sharded over two ranks, Adam's two values take half.",
          "bytes of gradients": "A rank keeps the gradients of its shard, and of nothing else.",
          "bytes of parameters": "A shard is half of a unit, in memory of its own.",
