@@ -208,6 +208,10 @@ def _by_machine(sent: Counter) -> Observed:
             "ranks that it sends to": sorted(sent)}
 
 
+# The groups that an answer makes stay until its ranks end. Destroying them is no help: torch waits
+# for ever if a group is then made anew under the same name, as with use_local_synchronization.
+
+
 def _observe_two_levels(answer) -> Observed:
     rank = dist.get_rank()
     flat = (torch.arange(16.0) + 1) * 10**rank  # whole numbers: any order is right
