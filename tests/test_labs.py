@@ -84,13 +84,13 @@ def order_of_events(prefetch):
     return [(what, int(unit) - 1) for _, what, unit in sorted(happened)]
 
 
-@pytest.mark.parametrize(("prefetch", "time"), [(0, 36), (1, 21), (2, 21)])  # as in notebook 8
-def test_the_simulated_stage_3_is_the_package_s(prefetch, time):
+@pytest.mark.parametrize(("prefetch", "takes"), [(0, 36), (1, 21), (2, 21)])  # as in notebook 8
+def test_the_simulated_stage_3_is_the_package_s(prefetch, takes):
     schedule = list(package(6, prefetch))
     for real in zero_ref.launch(order_of_events, 2, prefetch):
         assert real == [(what, unit) for what, unit in schedule if what != "free"]
     step = simulated.run(schedule)
-    assert (max(step.ends.values()), step.most, step.left) == (time, prefetch + 1, 0)
+    assert (max(step.ends.values()), step.most, step.left) == (takes, prefetch + 1, 0)
 
 
 @pytest.mark.parametrize("name", EXERCISES)

@@ -380,21 +380,21 @@ ON_PLANNING = {
     "8.1": Exercise(
         'a function units → a list of pairs such as ("gather", 0)',
         _observe_schedule, schedule, [
-            Mistake(_nothing_ahead, "Each message finds a rank that waits for it. Issue a gather "
-                    "early enough, and it travels while the unit in front of it computes."),
+            Mistake(_nothing_ahead, "The rank waits for each gather. Issued earlier, it would be "
+                    "on its way while another unit computes."),
             Mistake(_all_first, _ALL),
-            Mistake(_two_ahead, "A third unit is there, and nothing comes of it: the network has "
-                    "no more to do than before."),
+            Mistake(_two_ahead, "A third unit is in memory, and nothing comes of it: the network "
+                    "has as much to send as before."),
             Mistake(package, "One gather too many is not hidden: the last unit's, when backward "
                     "begins. Where was this unit just before?"),
-            Mistake(_behind_its_forward, "In forward, a gather is issued when the unit in front "
-                    "of it has computed. That is too late to hide."),
+            Mistake(_behind_its_forward, "In forward, a gather is issued when the unit before it "
+                    "has computed. That is too late to hide."),
             Mistake(_all_stay, _ALL),
-            Mistake(_behind_the_reduction, "In backward, each gather queues behind the reduction "
-                    "of the unit in front of it, and the rank waits for both. The gather is the "
-                    "one that somebody waits for."),
-            Mistake(_behind_its_backward, "The gather overtakes the reduction, but it is only "
-                    "issued when backward of the unit in front of it is over."),
+            Mistake(_behind_the_reduction, "In backward, each gather queues behind a reduction, "
+                    "and the rank waits for both. Which of the two does it need sooner?"),
+            Mistake(_behind_its_backward, "In backward, each gather is sent before a reduction "
+                    "now, but it is issued when there is nothing left to compute until it "
+                    "arrives."),
             Mistake(_gathers_from_the_first, "Backward comes to a unit that is not there. In which "
                     "order does it need them?", r"backward \d+: unit \d+ is not there"),
             Mistake(_reduces_at_the_end, "All reductions come when there is nothing left to "
@@ -425,8 +425,8 @@ ON_PLANNING = {
             Mistake(_states_alone, "The activations need memory, too."),
             Mistake(_activations_are_cut, "No stage shards the activations: each rank has its own "
                     "samples, however many ranks there are."),
-            Mistake(_nothing_in_flight, "At stages 2 and 3 there is one unit in full besides the "
-                    "slices."),
+            Mistake(_nothing_in_flight, "At stages 2 and 3, one unit is there in full beside "
+                    "the slices."),
             Mistake(_one_gpu_less, "You may use all GPUs that there are. What is the last number "
                     "of a range?"),
             Mistake(_not_quite_full, "What is just as large as the memory fits."),

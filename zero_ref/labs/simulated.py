@@ -28,8 +28,8 @@ class Step:
 
     def __str__(self) -> str:
         drawn = [f"{lane} {busy}".rstrip() for lane, busy in self.lanes.items()]
-        return "\n".join([*drawn, f"{max(self.ends.values())}f, and units in full at one time: "
-                          f"{self.most}"])
+        took = max(self.ends.values(), default=0)
+        return "\n".join([*drawn, f"{took}f; units in full at one time: {self.most}"])
 
 
 def run(schedule: Iterable[tuple[str, int]]) -> Step:
