@@ -47,7 +47,7 @@ def model_state_bytes(numel, world_size, stage, K):
 def _observe_table(answer) -> Observed:
     found: Observed = {}
     for numel, by_ranks in TABLE_1.items():
-        found[f"GB for {numel / 1e9:,g} billion parameters"] = cells = {}
+        found[_of_model(numel)] = cells = {}
         for world_size, row in by_ranks.items():
             for stage, printed in zip((1, 2, 3), row.split()):
                 nbytes = answer(numel, world_size, stage, 12)
@@ -58,6 +58,10 @@ def _observe_table(answer) -> Observed:
         f"stage {stage}, K = {K}": _rounded(answer(1000, 3, stage, K))
         for K in (12, 8, 4) for stage in range(4)}
     return found
+
+
+def _of_model(numel):
+    return f"GB for {numel / 1e9:,g} billion parameters"
 
 
 def _rounded(nbytes, unit=1):
@@ -375,7 +379,9 @@ ON_PLANNING = {
                     "does it leave whole?"),
             Mistake(_in_gigabytes, "Right, but in gigabytes. The answer has to be in bytes."),
         ],
-        {"bytes for 1,000 parameters on 3 ranks": "The table is right. Now look at how your "
+        {**dict.fromkeys(map(_of_model, TABLE_1), "Stage 1 cuts the optimizer states. What does "
+                         "each of the next two stages cut as well?"),
+         "bytes for 1,000 parameters on 3 ranks": "The table is right. Now look at how your "
          "answer depends on K, and at what it rounds."}, (1,)),
     "8.1": Exercise(
         'a function units → a list of pairs such as ("gather", 0)',

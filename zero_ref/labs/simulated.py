@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 # In f, the time that the forward of one unit takes. A gather or a reduce takes as long: m = f.
 TAKES = {"forward": 1, "backward": 2, "gather": 1, "reduce": 1}
-_REFUSED = {"gather": "is there already", "reduce": "has no gradient to send"}
+REFUSED = {"gather": "is there already", "reduce": "has no gradient to send",
+           "forward": "is not there", "backward": "is not there", "free": "is not there"}
 
 
 @dataclass
@@ -57,6 +58,6 @@ def run(schedule: Iterable[tuple[str, int]]) -> Step:
             line_free = step.occupy("network", max(now, line_free), what, unit)
             step.not_reduced.remove(unit)
         else:
-            raise ValueError(f"{what} {unit}: unit {unit} {_REFUSED.get(what, 'is not there')}")
+            raise ValueError(f"{what} {unit}: unit {unit} {REFUSED[what]}")
     step.left = len(arrives)
     return step
