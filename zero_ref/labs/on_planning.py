@@ -375,8 +375,8 @@ ON_PLANNING = {
             Mistake(_master_on_top, "K is all that the optimizer keeps: the master copy is one of "
                     "its numbers already."),
             Mistake(_k_is_all, "K does not include the 16-bit parameters or gradients."),
-            Mistake(_everything_is_cut, "Each stage cuts everything here. Which of the three kinds "
-                    "does it leave whole?"),
+            Mistake(_everything_is_cut, "Every stage cuts everything here. Which of the three "
+                    "kinds does stage 1 leave whole?"),
             Mistake(_in_gigabytes, "Right, but in gigabytes. The answer has to be in bytes."),
         ],
         {**dict.fromkeys(map(_of_model, TABLE_1), "Stage 1 cuts the optimizer states. What does "
@@ -435,7 +435,7 @@ ON_PLANNING = {
                     "the slices."),
             Mistake(_one_gpu_less, "You may use all GPUs that there are. What is the last number "
                     "of a range?"),
-            Mistake(_not_quite_full, "What is just as large as the memory fits."),
+            Mistake(_not_quite_full, "What is just as large as the memory still fits."),
             Mistake(_always_something, "Nothing fits there, and that is the answer: None."),
             Mistake(_the_other_way_round, "The stage comes first, then the number of ranks."),
         ],
