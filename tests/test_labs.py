@@ -282,6 +282,28 @@ def test_what_is_not_waited_for_is_said(name):
     assert "only been started when the call returns" in check(name, NotWaited).text
 
 
+class KeepsTheLast(small.Stage2):
+    def reduce(self, unit, grad):
+        self.last = grad
+        super().reduce(unit, grad)
+
+
+class BroadcastsOnOneRank(small.Stage0):
+    def start(self, unit):
+        if self.rank == 0:
+            super().start(unit)
+        torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(("name", "answer", "hint"), [
+    ("5.1", KeepsTheLast, "Something still refers to the full gradient"),
+    ("2.1", BroadcastsOnOneRank, "Some ranks wait in a barrier while others wait in a collective")])
+def test_a_relative_of_a_known_mistake_gets_a_hint_that_fits(name, answer, hint, monkeypatch):
+    monkeypatch.setattr(judge, "LIMIT", 2)  # nothing is lost but time
+    verdict = check(name, answer)
+    assert f"Hint: {hint}" in verdict.text, verdict
+
+
 def test_what_is_not_sent_through_comm_is_said():
     class Directly(small.Stage0):
         def reduce(self, unit, grad):
