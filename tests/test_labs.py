@@ -149,8 +149,16 @@ class OneMessageForEachDtype(small.Stage0):
         return super().forward(*args)
 
 
+class DividesIntoNewMemory(small.Stage1):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine / self.world_size  # less is held than stage 1 needs
+
+
 @pytest.mark.parametrize(("name", "answer"), [
-    ("7.2", GathersWhatIsRounded), ("7.3", GathersFlags), ("7.4", OneMessageForEachDtype)])
+    ("7.2", GathersWhatIsRounded), ("7.3", GathersFlags), ("7.4", OneMessageForEachDtype),
+    ("11.2", DividesIntoNewMemory)])
 def test_another_way_is_right_too(name, answer):
     verdict = check(name, answer)
     assert verdict, verdict
