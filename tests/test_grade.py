@@ -242,6 +242,35 @@ def test_a_rank_has_no_say_in_its_points(tmp_path):
     assert points == {"1.2"} and not marker.exists(), found
 
 
+FORGES = """
+import json, os, time
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    for process in os.listdir("/proc"):
+        try:
+            if b"zero_ref.labs.grade" not in open(f"/proc/{process}/cmdline", "rb").read():
+                continue
+            for number in os.listdir(f"/proc/{process}/fd"):
+                if os.readlink(f"/proc/{process}/fd/{number}").startswith("pipe:"):
+                    pipe = os.open(f"/proc/{process}/fd/{number}", os.O_WRONLY | os.O_NONBLOCK)
+                    for name in ("3.1", "3.2"):
+                        line = json.dumps({"name": name, "points": 1, "text": "forged"})
+                        os.write(pipe, f"{line}\\n{'0' * 64} {line}\\n and half a".encode())
+                    os.close(pipe)
+        except OSError:
+            pass
+"""
+
+
+def test_what_a_notebook_writes_into_the_pipe_does_not_count(tmp_path):
+    for name, cells in (("mallory", [FORGES]), ("victim", CELLS[:3])):
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(notebook([*cells, 'check("3.1", 1)'])))
+    rows = grade.grade(grade.handed_in([tmp_path]), 60)
+    assert [row["learner"] for row in rows] == ["mallory", "victim"]
+    assert [row["points"] for row in rows] == [0, 1] and all(row["graded"] for row in rows), rows
+    assert "forged" not in json.dumps(rows)
+
+
 def test_a_notebook_without_an_end_gets_what_is_before_and_after(tmp_path):
     forever = "while True:\n    pass"
     stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + forever

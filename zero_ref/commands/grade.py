@@ -28,6 +28,7 @@ def run(paths: Sequence[Path], seconds: float) -> list[Row]:
                              "pip install 'zero_ref[lab]'")
     if not seconds > 0:
         raise ValueError(f"--timeout {seconds:g}: give a number of seconds above 0")
+    grade.keep_out_of_reach()
     learners = grade.handed_in(paths)
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)
