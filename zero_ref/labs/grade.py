@@ -105,8 +105,9 @@ def _main():
 
     def say(**found: Any) -> None:
         text = json.dumps(found, ensure_ascii=False).encode(errors="replace")
+        signed = b"%d %s" % (next(numbers), text)
         # After the end of whatever line somebody else has begun.
-        out.write(b"\n%s %s\n" % (_signature(key, next(numbers), text), text))
+        out.write(b"\n%s %s\n" % (_signature(key, signed), signed))
         out.flush()
 
     try:
@@ -123,8 +124,8 @@ def keep_out_of_reach() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
 
 
-def _signature(key: bytes, number: int, text: bytes) -> bytes:
-    return hmac.digest(key, b"%d %s" % (number, text), "sha256").hex().encode()
+def _signature(key: bytes, text: bytes) -> bytes:
+    return hmac.digest(key, text, "sha256").hex().encode()
 
 
 # ---- the class -----------------------------------------------------------------------------------
@@ -220,12 +221,14 @@ def _found_in(files, seconds):
 
 def _signed(text: bytes, key: bytes) -> Iterator[dict[str, Any]]:
     """What the process has said itself, in its order."""
-    number = 0
+    last = -1
     for line in text.split(b"\n"):
-        signature, _, found = line.partition(b" ")
-        if hmac.compare_digest(signature, _signature(key, number, found)):
-            yield json.loads(found)
-            number += 1
+        signature, _, signed = line.partition(b" ")
+        if hmac.compare_digest(signature, _signature(key, signed)):
+            number, _, found = signed.partition(b" ")
+            if int(number) > last:  # not once more
+                last = int(number)
+                yield json.loads(found)
 
 
 def _end_all(mark):
