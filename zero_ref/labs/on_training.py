@@ -139,14 +139,18 @@ class _Messages(TorchDispatchMode):
 def _observe_scale(answer) -> Observed:
     model = _Overflows(course.build(seed=dist.get_rank())[:4])  # three units
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scaler, scales, taken, messages = answer(2.0**10, 2), [], [], []
+    scaler, scales, called, messages = answer(2.0**10, 2), [], [], []
 
     def clip():
+        called[-1].append("clip")
         for p in model.parameters():
             p.grad.clamp_(-0.01, 0.01)
 
+    # With gradients of zero, SGD would take a step that leaves the weights as they are.
+    optimizer.register_step_pre_hook(lambda *_: called[-1].append("step"))
+
     for model.step in range(8):
-        before = [p.detach().clone() for p in model.parameters()]
+        called.append([])
         images, labels = course.batch(model.step, dist.get_rank())
         (F.cross_entropy(model(images), labels) * float(scaler.scale)).backward()
         with trace() as sent, _Messages() as direct:
@@ -154,10 +158,12 @@ def _observe_scale(answer) -> Observed:
         optimizer.zero_grad()
         messages.append([event.bytes for event in sent.events] or direct.largest)
         scales.append(float(scaler.scale))
-        taken.append(not all(map(torch.equal, before, model.parameters())))
     most = max([nbytes for of_step in messages for nbytes in of_step], default=0)
     few = most <= 8 * dist.get_world_size()  # a number from each rank
-    return {"steps that this rank took": taken, "the scale after each step": scales,
+    return {"steps that this rank took": ["step" in of_step for of_step in called],
+            "steps without a clip()": sum(
+                "step" in of_step and "clip" not in of_step for of_step in called),
+            "the scale after each step": scales,
             "collectives in each step": [len(of_step) for of_step in messages],
             "the largest message": "a few bytes" if few else f"{most:,} bytes",
             "weights": weights_of(model)}
@@ -432,6 +438,30 @@ class _UnscalesACopy(_Scale):
         optimizer.step()
 
 
+class _NeverClips(_Scale):
+    def update_weights(self, optimizer, grads, clip):
+        for grad in grads:
+            grad.div_(self.scale)
+        optimizer.step()
+
+
+class _StepsWithZeros(_Scale):
+    def step(self, optimizer, grads, clip):
+        finite = self.agree(all(grad.isfinite().all() for grad in grads), grads)
+        if not finite:
+            for grad in grads:
+                grad.zero_()
+        self.update_weights(optimizer, grads, clip)
+        self.update(finite)
+
+
+class _OneNumberThroughComm(_Scale):
+    def agree(self, mine, grads):
+        flag = torch.tensor([float(not mine)])
+        comm.all_reduce(flag, dist.group.WORLD, unit="", phase="unscale").wait()
+        return not flag
+
+
 class _ByTheNextScale(_Scale):
     def step(self, optimizer, grads, clip):
         finite = self.agree(all(grad.isfinite().all() for grad in grads), grads)
@@ -604,11 +634,22 @@ ON_TRAINING = {
             Mistake(_UnscalesACopy, _UNSCALE),
             Mistake(_ClipsFirst, "clip() got gradients that were still scaled, and has cut almost "
                     "all of them."),
+            Mistake(_NeverClips, "clip() is handed to you to be called: after the gradients have been "
+                    "unscaled, and before the optimizer uses them.", by=(
+                        "steps that this rank took", "steps without a clip()")),
+            Mistake(_StepsWithZeros, "The scale falls after an overflow, but the optimizer steps "
+                    "all the same. Even with gradients of zero, an optimizer with momentum would "
+                    "move the weights.", by=(
+                        "steps that this rank took", "the scale after each step")),
+            Mistake(_OneNumberThroughComm, "comm.all_reduce adds up slice by slice, so it takes "
+                    "world_size * n elements. For a single number use torch.distributed's.",
+                    r"shape '\[\d+, 0\]' is invalid"),
             Mistake(_ByTheNextScale, "The gradients belong to the scale that their loss was "
                     "multiplied by. Here it has been changed before they are divided."),
         ],
         {"steps that this rank took": "A step is skipped on all ranks if any of them has found an "
          "inf or NaN, and taken on all ranks otherwise.",
+         "steps without a clip()": "Every step that is taken clips first.",
          "the scale after each step": "Halved after an overflow, doubled after growth_interval "
          "good steps in a row, and otherwise as it was.",
          "collectives in each step": "One in each step, whether or not there is an overflow. "
