@@ -71,7 +71,8 @@ class WithBuffers(small.Stage0):
 
 def _observe_mixed(answer) -> Observed:
     model = answer(course.build(seed=dist.get_rank()).bfloat16())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
+    # Adam's step would be the same for a multiple of the gradients, but for a large eps.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, eps=0.001)
     for step in range(3):
         images, labels = course.batch(step, dist.get_rank())
         with trace() as sent:
@@ -245,6 +246,13 @@ class _SendsFp32Gradients(Mixed):
         comm.reduce_scatter(mine, grad.float(), self.group, unit=unit.name, phase="backward",
                             divide_by=self.world_size).wait()
         unit.owned.grad = mine
+
+
+class _NotDivided(Mixed):
+    def reduce(self, unit, grad):
+        mine = torch.empty_like(unit.shard)
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine.float()
 
 
 class _GradientStaysBf16(Mixed):
@@ -575,6 +583,8 @@ ON_TRAINING = {
             Mistake(_SendsFp32Gradients, "The gradients travel in fp32. Their sum is rounded less "
                     "(and the package does so unless told otherwise), but the target is to send "
                     "half as much: convert the mean, not what is summed."),
+            Mistake(_NotDivided, "The optimizer gets the sum over the ranks. It is to follow their "
+                    "mean."),
             Mistake(_GradientStaysBf16, "torch wants a gradient in the dtype of what it belongs "
                     "to, and the master is fp32.", "assign a gradient with dtype"),
             Mistake(_FullGradientInFp32, "The whole gradient was converted, and a view of a slice "
@@ -634,13 +644,13 @@ ON_TRAINING = {
             Mistake(_UnscalesACopy, _UNSCALE),
             Mistake(_ClipsFirst, "clip() got gradients that were still scaled, and has cut almost "
                     "all of them."),
-            Mistake(_NeverClips, "clip() is handed to you to be called: after the gradients have been "
-                    "unscaled, and before the optimizer uses them.", by=(
-                        "steps that this rank took", "steps without a clip()")),
+            Mistake(_NeverClips, "clip() is yours to call: after the gradients have been unscaled, "
+                    "and before the optimizer uses them.",
+                    by=("steps that this rank took", "steps without a clip()")),
             Mistake(_StepsWithZeros, "The scale falls after an overflow, but the optimizer steps "
                     "all the same. Even with gradients of zero, an optimizer with momentum would "
-                    "move the weights.", by=(
-                        "steps that this rank took", "the scale after each step")),
+                    "move the weights.",
+                    by=("steps that this rank took", "the scale after each step")),
             Mistake(_OneNumberThroughComm, "comm.all_reduce adds up slice by slice, so it takes "
                     "world_size * n elements. For a single number use torch.distributed's.",
                     r"shape '\[\d+, 0\]' is invalid"),

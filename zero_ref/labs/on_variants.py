@@ -126,6 +126,7 @@ def _observe_tied(answer) -> Observed:
         "what is returned": "dict",
         "parameters in no unit": [name for key, name in names.items() if key not in taken],
         "units": {f'unit "{unit}"': [names.get(id(p), "something else") for p in params]
+                  if isinstance(params, (list, tuple)) else type(params).__name__
                   for unit, params in units.items() if len(params)}}
     if found["parameters in no unit"]:
         return found  # the frame refuses to train
@@ -231,6 +232,7 @@ def _observe_hybrid(answer) -> Observed:
         with recording_into(fullest), trace() as events, _messages() as sent:
             backward(model, step)
             held, full = memory.resident(model, optimizer), full_units(model.units)
+            of_backward = len(events.events)
             optimizer.step()
             optimizer.zero_grad()
     found = what_was_sent(events.events)
@@ -239,6 +241,7 @@ def _observe_hybrid(answer) -> Observed:
                 rank for rank, the_same in enumerate(begins) if the_same],
             "bytes of optimizer states": held["optimizer"],
             "bytes of gradients": held["gradients"], "bytes of parameters": held["parameters"],
+            "collectives after backward": len(events.events) - of_backward,
             "most full units at one time": fullest.most, "full units after backward": full,
             **_by_machine(sent), "weights": weights_of(model)}
 
@@ -278,6 +281,10 @@ def _in_a_list(module):
         units[name] = [p for p in child.parameters() if p not in seen]
         seen += units[name]
     return units
+
+
+def _in_sets(module):
+    return {name: set(params) for name, params in units_of(module).items()}
 
 
 def _names(module):
@@ -619,6 +626,23 @@ class _OneMachine(Hybrid):
         small.Stage3.__init__(self, module)
 
 
+class _NotResized(Hybrid):
+    def gather(self, unit, phase):
+        comm.all_gather(unit.flat, unit.shard, self.inside, unit=unit.name, phase=phase).wait()
+
+
+class _AveragesWeights(Hybrid):
+    def reduce(self, unit, grad):
+        mine = torch.empty_like(unit.shard)
+        comm.reduce_scatter(mine, grad, self.inside, unit=unit.name, phase="backward",
+                            divide_by=2).wait()
+        unit.owned.grad = mine
+        self.free(unit)
+
+    def after_step(self, unit):
+        comm.all_reduce(unit.shard, self.across, unit=unit.name, phase="step", divide_by=2).wait()
+
+
 class _ParametersStayWhole(small.Stage2):
 
     def __init__(self, module):
@@ -675,6 +699,8 @@ ON_VARIANTS = {
             Mistake(_in_a_list, "In a list, `in` compares with ==, which for tensors means "
                     "element by element. A set compares whether it is the same object.",
                     "Boolean value of Tensor"),
+            Mistake(_in_sets, "A set has no order, and in the buffer the parameters need one that "
+                    "is the same on all ranks. Return lists.", by=("units",)),
             Mistake(_names, "The lists are to hold the module's parameters themselves: not their "
                     "names, and not p.data, which is another tensor.",
                     by=("parameters in no unit",)),
@@ -798,8 +824,14 @@ ON_VARIANTS = {
                     "machine each has half of a unit, and a gather inside the machine makes it "
                     "whole.", _SIZES),
             Mistake(_ShardIsAView, "The shard is a view of the flat buffer, and empty when that "
-                    "is. It needs memory of its own.",
-                    "storage of size 0|out of bounds for storage|SIGSEGV|SIGBUS"),
+                    "is. It needs memory of its own.", "SIGSEGV|SIGBUS"),
+            Mistake(_NotResized, "The flat buffer has been emptied, so what is gathered has no "
+                    "place to go. First it needs its memory back.",
+                    "out of bounds for storage of size 0"),
+            Mistake(_AveragesWeights, "Each machine takes a step by its own gradients, and then "
+                    "the weights are averaged. After Adam's step that is something else: take the "
+                    "mean of the gradients across the machines, before it.",
+                    by=("collectives after backward",)),
             Mistake(_OnlyOwnGroups, _OWN_GROUPS_ONLY, _WAITS),
         ],
         {**WAIT_HINTS,
@@ -809,6 +841,8 @@ ON_VARIANTS = {
          "bytes of gradients": "A rank keeps the gradients of its shard, and of nothing else.",
          "bytes of parameters": "A shard is half of a unit, in memory of its own.",
          "most full units at one time": "One unit is full at a time, as at stage 3.",
+         "collectives after backward": "When the optimizer has stepped, there is nothing to send: "
+         "the next forward gathers what it needs.",
          "full units after backward": "Free each unit when its gradients have been reduced.",
          "collectives": "For each unit two gathers inside, a reduction inside, and one across.",
          "bytes sent to the other machine": "Across go gradients alone, and of them a rank's "
