@@ -303,7 +303,24 @@ class BroadcastsOnOneRank(small.Stage0):
         torch.distributed.barrier()
 
 
+KEPT: dict = {}  # outside of the model
+
+
+class KeepsGradientsElsewhere(EXERCISES["5.2"].solution):
+    def reduce(self, unit, grad):
+        KEPT[unit.name] = grad.clone()
+        super().reduce(unit, grad)
+
+
+class KeepsMastersElsewhere(on_training.Mixed):
+    def own(self, unit):
+        KEPT[unit.name] = unit.flat.float()
+        return super().own(unit)
+
+
 @pytest.mark.parametrize(("name", "answer", "hint"), [
+    ("5.2", KeepsGradientsElsewhere, "Gradients in full are kept somewhere"),
+    ("7.2", KeepsMastersElsewhere, "Something large is kept outside of the model"),
     ("5.1", KeepsTheLast, "Something still refers to the full gradient"),
     ("2.1", BroadcastsOnOneRank, "Some ranks wait in a barrier while others wait in a collective")])
 def test_a_relative_of_a_known_mistake_gets_a_hint_that_fits(name, answer, hint, monkeypatch):

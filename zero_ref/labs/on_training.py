@@ -12,7 +12,7 @@ from ..observe import memory
 from ..observe.trace import trace
 from . import small
 from .exercise import Exercise, Mistake, Observed
-from .on_stages import WAIT_HINTS, weights_of, what_was_sent
+from .on_stages import WAIT_HINTS, beside, bytes_of_all_tensors, weights_of, what_was_sent
 
 # ---- the solutions -------------------------------------------------------------------------------
 
@@ -70,17 +70,20 @@ class WithBuffers(small.Stage0):
 
 
 def _observe_mixed(answer) -> Observed:
+    batches = [course.batch(step, dist.get_rank()) for step in range(3)]
+    in_all = bytes_of_all_tensors()
     model = answer(course.build(seed=dist.get_rank()).bfloat16())
     # Adam's step would be the same for a multiple of the gradients, but for a large eps.
     optimizer = torch.optim.Adam(model.parameters(), lr=0.001, eps=0.001)
-    for step in range(3):
-        images, labels = course.batch(step, dist.get_rank())
+    for images, labels in batches:
         with trace() as sent:
             F.cross_entropy(model(images.bfloat16()).float(), labels).backward()
-            held = _held(model, optimizer)
+            held, now = _held(model, optimizer), bytes_of_all_tensors()
             optimizer.step()
             optimizer.zero_grad()
-    return {**held, **what_was_sent(sent.events),
+    more = now - in_all - sum(held.values())
+    return {**held, "what is kept elsewhere": beside(more, model.units),
+            **what_was_sent(sent.events),
             "unit.shard is still a slice of unit.flat": all(
                 unit.shard.untyped_storage().data_ptr() == unit.flat.untyped_storage().data_ptr()
                 for unit in model.units),
@@ -611,6 +614,8 @@ ON_TRAINING = {
          "master and Adam's two averages in fp32.",
          "bytes of anything else that the units keep": "Besides the parameters in bf16, the "
          "gradient and what the optimizer updates, nothing has to stay.",
+         "what is kept elsewhere": "Something large is kept outside of the model. A rank's master "
+         "is that of its shard.",
          "bytes sent": "A reduce_scatter and an all_gather, both in bf16.",
          "collectives": "One reduce_scatter and one all_gather for each unit, as at stage 2.",
          "weights": "What is held and sent is right, but the weights are not. Follow one number "

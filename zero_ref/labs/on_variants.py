@@ -18,7 +18,17 @@ from ..observe import memory
 from ..observe.trace import recording_into, trace
 from . import small
 from .exercise import Exercise, Mistake, Observed
-from .on_stages import WAIT_HINTS, Fullest, backward, full_units, train, weights_of, what_was_sent
+from .on_stages import (
+    WAIT_HINTS,
+    Fullest,
+    backward,
+    beside,
+    bytes_of_all_tensors,
+    full_units,
+    train,
+    weights_of,
+    what_was_sent,
+)
 
 # ---- the solutions -------------------------------------------------------------------------------
 
@@ -144,18 +154,27 @@ def _observe_tied(answer) -> Observed:
 
 
 def _observe_accumulating(answer) -> Observed:
-    model, held = answer(course.build(seed=dist.get_rank())), []
+    model, held, in_all = answer(course.build(seed=dist.get_rank())), [], []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    model.module.register_forward_pre_hook(lambda *_: held.append(_bytes_of_gradients(model)))
+
+    def look(*_):
+        held.append(_bytes_of_gradients(model))
+        in_all.append(bytes_of_all_tensors())
+
+    model.module.register_forward_pre_hook(look)
     for step in range(2):
         batches = [course.batch(4 * step + i, dist.get_rank()) for i in range(4)]
         held.clear()
+        if step == 1:  # all that there will be in the second step is there when it begins
+            grown = max(in_all, default=0) - min(in_all, default=0)
         with trace() as sent:
             model.accumulate(batches)
             held.append(_bytes_of_gradients(model))
             optimizer.step()
             optimizer.zero_grad()
-    return {"bytes of gradients between two micro-batches": max(held[1:-1], default=0),
+    between = max(held[1:-1], default=0)
+    return {"bytes of gradients between two micro-batches": between,
+            "what else stays after a micro-batch": beside(grown - between, model.units),
             "bytes of gradients": held[-1], **what_was_sent(sent.events),
             "bytes of optimizer states": memory.resident(model, optimizer)["optimizer"],
             "weights": weights_of(model)}
@@ -747,6 +766,8 @@ ON_VARIANTS = {
         {**WAIT_HINTS,
          "bytes of gradients between two micro-batches": "Of each micro-batch this rank's slice of "
          "the sum stays, and nothing else.",
+         "what else stays after a micro-batch": "Gradients in full are kept somewhere, if not in "
+         "the model. Only the slices have to stay.",
          "bytes of gradients": "Look for a second sum, or for a view of a full buffer.",
          "bytes sent": "A reduce_scatter after each micro-batch, and one all_gather at the end.",
          "collectives": "For each unit a reduce_scatter after each micro-batch, and one all_gather "
