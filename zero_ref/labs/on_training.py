@@ -664,7 +664,7 @@ ON_TRAINING = {
         ],
         {"steps that this rank took": "A step is skipped on all ranks if any of them has found an "
          "inf or NaN, and taken on all ranks otherwise.",
-         "steps without a clip()": "Every step that is taken clips first.",
+         "steps without a clip()": "clip() comes before every step that is taken.",
          "the scale after each step": "Halved after an overflow, doubled after growth_interval "
          "good steps in a row, and otherwise as it was.",
          "collectives in each step": "One in each step, whether or not there is an overflow. "
