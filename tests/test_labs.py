@@ -156,7 +156,29 @@ class DividesIntoNewMemory(small.Stage1):
         unit.owned.grad = mine / self.world_size  # less is held than stage 1 needs
 
 
+def without_empty_lists(module):
+    units: dict = {}
+    for name, p in module.named_parameters():  # each once, at its first name
+        units.setdefault(name.split(".")[0], []).append(p)
+    return units
+
+
+class AccumulatesInNewMemory(small.Stage2):
+    def reduce(self, unit, grad):
+        earlier = unit.owned.grad
+        super().reduce(unit, grad)
+        unit.owned.grad = unit.owned.grad if earlier is None else earlier + unit.owned.grad
+
+    def accumulate(self, batches):
+        kept = []
+        for images, labels in batches:
+            kept.append(self(images))  # logits and losses are few
+            kept.append(F.cross_entropy(kept[-1], labels) / len(batches))
+            kept[-1].backward()
+
+
 @pytest.mark.parametrize(("name", "answer"), [
+    ("3.3", without_empty_lists), ("5.2", AccumulatesInNewMemory),
     ("7.2", GathersWhatIsRounded), ("7.3", GathersFlags), ("7.4", OneMessageForEachDtype),
     ("11.2", DividesIntoNewMemory)])
 def test_another_way_is_right_too(name, answer):
@@ -303,7 +325,24 @@ class BroadcastsOnOneRank(small.Stage0):
         torch.distributed.barrier()
 
 
+KEPT: dict = {}  # outside of the model
+
+
+class KeepsGradientsElsewhere(EXERCISES["5.2"].solution):
+    def reduce(self, unit, grad):
+        KEPT[unit.name] = grad.clone()
+        super().reduce(unit, grad)
+
+
+class KeepsMastersElsewhere(on_training.Mixed):
+    def own(self, unit):
+        KEPT[unit.name] = unit.flat.float()
+        return super().own(unit)
+
+
 @pytest.mark.parametrize(("name", "answer", "hint"), [
+    ("5.2", KeepsGradientsElsewhere, "Gradients in full are kept somewhere"),
+    ("7.2", KeepsMastersElsewhere, "Something large is kept outside of the model"),
     ("5.1", KeepsTheLast, "Something still refers to the full gradient"),
     ("2.1", BroadcastsOnOneRank, "Some ranks wait in a barrier while others wait in a collective")])
 def test_a_relative_of_a_known_mistake_gets_a_hint_that_fits(name, answer, hint, monkeypatch):

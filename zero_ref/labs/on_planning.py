@@ -101,6 +101,16 @@ def _everything_is_cut(numel, world_size, stage, K):
     return (4 + K) * numel / (world_size if stage else 1)
 
 
+def _as_in_fp32(numel, world_size, stage, K):
+    params, grads, states = 4 * numel, 4 * numel, (K - 4) * numel
+    return sum(what / (world_size if stage >= first else 1)
+               for what, first in ((states, 1), (grads, 2), (params, 3)))
+
+
+def _of_all_ranks(numel, world_size, stage, K):
+    return world_size * model_state_bytes(numel, world_size, stage, K)
+
+
 def _in_gigabytes(numel, world_size, stage, K):
     return model_state_bytes(numel, world_size, stage, K) / 1e9
 
@@ -233,6 +243,20 @@ def _reduces_at_the_end(units):
         yield "reduce", unit
 
 
+def _never_frees_the_first(units):
+    return [pair for pair in schedule(units) if pair != ("free", 0)]
+
+
+def _reduces_before_backward(units):
+    yield from _forward(units)
+    for unit in reversed(range(units)):
+        if unit > 0:
+            yield "gather", unit - 1
+        yield "reduce", unit
+        yield "backward", unit
+        yield "free", unit
+
+
 def _returns_nothing(units):
     list(schedule(units))
 
@@ -296,6 +320,23 @@ def _lowest_stage_first(numel, unit, activations, gpu_bytes, gpus):
     for stage in range(4):
         for world_size in range(1, gpus + 1):
             if _needed(numel, unit, world_size, stage) + activations <= gpu_bytes:
+                return stage, world_size
+    return None
+
+
+def _highest_stage_first(numel, unit, activations, gpu_bytes, gpus):
+    for world_size in range(1, gpus + 1):
+        for stage in (3, 2, 1, 0):
+            if _needed(numel, unit, world_size, stage) + activations <= gpu_bytes:
+                return stage, world_size
+    return None
+
+
+def _only_gradients_in_flight(numel, unit, activations, gpu_bytes, gpus):
+    for world_size in range(1, gpus + 1):
+        for stage in range(4):
+            held = _needed(numel, 0, world_size, stage) + activations
+            if held + (4 * unit if stage >= 2 else 0) <= gpu_bytes:
                 return stage, world_size
     return None
 
@@ -375,6 +416,11 @@ ON_PLANNING = {
             Mistake(_master_on_top, "K is all that the optimizer keeps: the master copy is one of "
                     "its numbers already."),
             Mistake(_k_is_all, "K does not include the 16-bit parameters or gradients."),
+            Mistake(_as_in_fp32, "These are the bytes of a model in fp32. In the paper's mixed "
+                    "precision a parameter and its gradient take 2 bytes each, and the fp32 copy "
+                    "is part of K."),
+            Mistake(_of_all_ranks, "That is what all ranks hold together. The table says what one "
+                    "of them does."),
             Mistake(_everything_is_cut, "Every stage cuts everything here. Which of the three "
                     "kinds does stage 1 leave whole?"),
             Mistake(_in_gigabytes, "Right, but in gigabytes. The answer has to be in bytes."),
@@ -405,6 +451,12 @@ ON_PLANNING = {
                     "order does it need them?", r"backward \d+: unit \d+ is not there"),
             Mistake(_reduces_at_the_end, "All reductions come when there is nothing left to "
                     "compute. Only the last one has to."),
+            Mistake(_never_frees_the_first, "A gather brings a unit that is not in memory. One "
+                    "that is gathered again has to be freed before.",
+                    r"gather \d+: unit \d+ is there already"),
+            Mistake(_reduces_before_backward, "A unit's gradients are there when its backward has "
+                    "ended. Then they are reduced, once.",
+                    r"reduce \d+: unit \d+ has no gradient"),
             Mistake(_returns_nothing, "Return the list, or yield its pairs.",
                     "'NoneType' object is not iterable"),
         ],
@@ -423,6 +475,10 @@ ON_PLANNING = {
         _observe_plans, choose, [
             Mistake(_always_stage_3, "Stage 3 sends more than the others. Where a lower stage fits "
                     "on as many ranks, take that."),
+            Mistake(_highest_stage_first, "The number of ranks is right. Of the stages that fit "
+                    "there, take the one that sends least: the lowest."),
+            Mistake(_only_gradients_in_flight, "At stage 3, the largest unit is there in full "
+                    "twice, with 4 bytes for each element: its gradients, and its parameters."),
             Mistake(_lowest_stage_first, "A low stage on many ranks comes before a higher one on "
                     "few. Here the number of ranks is to be as low as possible first."),
             Mistake(_stage_3_says_how_many, "Stage 3 does not always need the fewest ranks: what "

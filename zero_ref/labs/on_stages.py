@@ -1,5 +1,6 @@
 """Exercises on the stages: classes like those of small.py, which are trained on real ranks."""
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -147,6 +148,19 @@ class Fullest(Trace):
 
 def full_units(units):
     return sum(unit.flat.untyped_storage().nbytes() > 0 for unit in units)
+
+
+def bytes_of_all_tensors() -> int:
+    """Of this process, wherever they are kept, except for those that only autograd refers to."""
+    gc.collect()  # what is left of an earlier answer would be freed later
+    return memory._bytes(x for x in gc.get_objects() if issubclass(type(x), torch.Tensor))
+
+
+def beside(more, units):
+    """Says how much more there is than is needed: logits, losses and a landing buffer may be
+    alive, too, but less than half of what the units have in fp32."""
+    some = more < 2 * sum(unit.flat.numel() for unit in units)
+    return "a few tensors" if some else f"{more:,} bytes"
 
 
 def _observe_hooks(answer) -> Observed:

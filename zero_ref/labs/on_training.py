@@ -12,7 +12,7 @@ from ..observe import memory
 from ..observe.trace import trace
 from . import small
 from .exercise import Exercise, Mistake, Observed
-from .on_stages import WAIT_HINTS, weights_of, what_was_sent
+from .on_stages import WAIT_HINTS, beside, bytes_of_all_tensors, weights_of, what_was_sent
 
 # ---- the solutions -------------------------------------------------------------------------------
 
@@ -70,16 +70,20 @@ class WithBuffers(small.Stage0):
 
 
 def _observe_mixed(answer) -> Observed:
+    batches = [course.batch(step, dist.get_rank()) for step in range(3)]
+    in_all = bytes_of_all_tensors()
     model = answer(course.build(seed=dist.get_rank()).bfloat16())
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.001)
-    for step in range(3):
-        images, labels = course.batch(step, dist.get_rank())
+    # Adam's step would be the same for a multiple of the gradients, but for a large eps.
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.001, eps=0.001)
+    for images, labels in batches:
         with trace() as sent:
             F.cross_entropy(model(images.bfloat16()).float(), labels).backward()
-            held = _held(model, optimizer)
+            held, now = _held(model, optimizer), bytes_of_all_tensors()
             optimizer.step()
             optimizer.zero_grad()
-    return {**held, **what_was_sent(sent.events),
+    more = now - in_all - sum(held.values())
+    return {**held, "what is kept elsewhere": beside(more, model.units),
+            **what_was_sent(sent.events),
             "unit.shard is still a slice of unit.flat": all(
                 unit.shard.untyped_storage().data_ptr() == unit.flat.untyped_storage().data_ptr()
                 for unit in model.units),
@@ -139,14 +143,18 @@ class _Messages(TorchDispatchMode):
 def _observe_scale(answer) -> Observed:
     model = _Overflows(course.build(seed=dist.get_rank())[:4])  # three units
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    scaler, scales, taken, messages = answer(2.0**10, 2), [], [], []
+    scaler, scales, called, messages = answer(2.0**10, 2), [], [], []
 
     def clip():
+        called[-1].append("clip")
         for p in model.parameters():
             p.grad.clamp_(-0.01, 0.01)
 
+    # With gradients of zero, SGD would take a step that leaves the weights as they are.
+    optimizer.register_step_pre_hook(lambda *_: called[-1].append("step"))
+
     for model.step in range(8):
-        before = [p.detach().clone() for p in model.parameters()]
+        called.append([])
         images, labels = course.batch(model.step, dist.get_rank())
         (F.cross_entropy(model(images), labels) * float(scaler.scale)).backward()
         with trace() as sent, _Messages() as direct:
@@ -154,10 +162,12 @@ def _observe_scale(answer) -> Observed:
         optimizer.zero_grad()
         messages.append([event.bytes for event in sent.events] or direct.largest)
         scales.append(float(scaler.scale))
-        taken.append(not all(map(torch.equal, before, model.parameters())))
     most = max([nbytes for of_step in messages for nbytes in of_step], default=0)
     few = most <= 8 * dist.get_world_size()  # a number from each rank
-    return {"steps that this rank took": taken, "the scale after each step": scales,
+    return {"steps that this rank took": ["step" in of_step for of_step in called],
+            "steps without a clip()": sum(
+                "step" in of_step and "clip" not in of_step for of_step in called),
+            "the scale after each step": scales,
             "collectives in each step": [len(of_step) for of_step in messages],
             "the largest message": "a few bytes" if few else f"{most:,} bytes",
             "weights": weights_of(model)}
@@ -239,6 +249,13 @@ class _SendsFp32Gradients(Mixed):
         comm.reduce_scatter(mine, grad.float(), self.group, unit=unit.name, phase="backward",
                             divide_by=self.world_size).wait()
         unit.owned.grad = mine
+
+
+class _NotDivided(Mixed):
+    def reduce(self, unit, grad):
+        mine = torch.empty_like(unit.shard)
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine.float()
 
 
 class _GradientStaysBf16(Mixed):
@@ -432,6 +449,30 @@ class _UnscalesACopy(_Scale):
         optimizer.step()
 
 
+class _NeverClips(_Scale):
+    def update_weights(self, optimizer, grads, clip):
+        for grad in grads:
+            grad.div_(self.scale)
+        optimizer.step()
+
+
+class _StepsWithZeros(_Scale):
+    def step(self, optimizer, grads, clip):
+        finite = self.agree(all(grad.isfinite().all() for grad in grads), grads)
+        if not finite:
+            for grad in grads:
+                grad.zero_()
+        self.update_weights(optimizer, grads, clip)
+        self.update(finite)
+
+
+class _OneNumberThroughComm(_Scale):
+    def agree(self, mine, grads):
+        flag = torch.tensor([float(not mine)])
+        comm.all_reduce(flag, dist.group.WORLD, unit="", phase="unscale").wait()
+        return not flag
+
+
 class _ByTheNextScale(_Scale):
     def step(self, optimizer, grads, clip):
         finite = self.agree(all(grad.isfinite().all() for grad in grads), grads)
@@ -545,6 +586,8 @@ ON_TRAINING = {
             Mistake(_SendsFp32Gradients, "The gradients travel in fp32. Their sum is rounded less "
                     "(and the package does so unless told otherwise), but the target is to send "
                     "half as much: convert the mean, not what is summed."),
+            Mistake(_NotDivided, "The optimizer gets the sum over the ranks. It is to follow their "
+                    "mean."),
             Mistake(_GradientStaysBf16, "torch wants a gradient in the dtype of what it belongs "
                     "to, and the master is fp32.", "assign a gradient with dtype"),
             Mistake(_FullGradientInFp32, "The whole gradient was converted, and a view of a slice "
@@ -571,6 +614,8 @@ ON_TRAINING = {
          "master and Adam's two averages in fp32.",
          "bytes of anything else that the units keep": "Besides the parameters in bf16, the "
          "gradient and what the optimizer updates, nothing has to stay.",
+         "what is kept elsewhere": "Something large is kept outside of the model. A rank's master "
+         "is that of its shard.",
          "bytes sent": "A reduce_scatter and an all_gather, both in bf16.",
          "collectives": "One reduce_scatter and one all_gather for each unit, as at stage 2.",
          "the shard is the master, rounded": "After a step, unit.shard is not unit.owned rounded, "
@@ -606,11 +651,22 @@ ON_TRAINING = {
             Mistake(_UnscalesACopy, _UNSCALE),
             Mistake(_ClipsFirst, "clip() got gradients that were still scaled, and has cut almost "
                     "all of them."),
+            Mistake(_NeverClips, "clip() is yours to call: after the gradients have been unscaled, "
+                    "and before the optimizer uses them.",
+                    by=("steps that this rank took", "steps without a clip()")),
+            Mistake(_StepsWithZeros, "The scale falls after an overflow, but the optimizer steps "
+                    "all the same. Even with gradients of zero, an optimizer with momentum would "
+                    "move the weights.",
+                    by=("steps that this rank took", "the scale after each step")),
+            Mistake(_OneNumberThroughComm, "comm.all_reduce adds up slice by slice, so it takes "
+                    "world_size * n elements. For a single number use torch.distributed's.",
+                    r"shape '\[\d+, 0\]' is invalid"),
             Mistake(_ByTheNextScale, "The gradients belong to the scale that their loss was "
                     "multiplied by. Here it has been changed before they are divided."),
         ],
         {"steps that this rank took": "A step is skipped on all ranks if any of them has found an "
          "inf or NaN, and taken on all ranks otherwise.",
+         "steps without a clip()": "clip() comes before every step that is taken.",
          "the scale after each step": "Halved after an overflow, doubled after growth_interval "
          "good steps in a row, and otherwise as it was.",
          "collectives in each step": "One in each step, whether or not there is an overflow. "

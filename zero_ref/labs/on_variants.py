@@ -18,7 +18,17 @@ from ..observe import memory
 from ..observe.trace import recording_into, trace
 from . import small
 from .exercise import Exercise, Mistake, Observed
-from .on_stages import WAIT_HINTS, Fullest, backward, full_units, train, weights_of, what_was_sent
+from .on_stages import (
+    WAIT_HINTS,
+    Fullest,
+    backward,
+    beside,
+    bytes_of_all_tensors,
+    full_units,
+    train,
+    weights_of,
+    what_was_sent,
+)
 
 # ---- the solutions -------------------------------------------------------------------------------
 
@@ -126,6 +136,7 @@ def _observe_tied(answer) -> Observed:
         "what is returned": "dict",
         "parameters in no unit": [name for key, name in names.items() if key not in taken],
         "units": {f'unit "{unit}"': [names.get(id(p), "something else") for p in params]
+                  if isinstance(params, (list, tuple)) else type(params).__name__
                   for unit, params in units.items() if len(params)}}
     if found["parameters in no unit"]:
         return found  # the frame refuses to train
@@ -143,18 +154,27 @@ def _observe_tied(answer) -> Observed:
 
 
 def _observe_accumulating(answer) -> Observed:
-    model, held = answer(course.build(seed=dist.get_rank())), []
+    model, held, in_all = answer(course.build(seed=dist.get_rank())), [], []
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    model.module.register_forward_pre_hook(lambda *_: held.append(_bytes_of_gradients(model)))
+
+    def look(*_):
+        held.append(_bytes_of_gradients(model))
+        in_all.append(bytes_of_all_tensors())
+
+    model.module.register_forward_pre_hook(look)
     for step in range(2):
         batches = [course.batch(4 * step + i, dist.get_rank()) for i in range(4)]
         held.clear()
+        if step == 1:  # all that there will be in the second step is there when it begins
+            grown = max(in_all, default=0) - min(in_all, default=0)
         with trace() as sent:
             model.accumulate(batches)
             held.append(_bytes_of_gradients(model))
             optimizer.step()
             optimizer.zero_grad()
-    return {"bytes of gradients between two micro-batches": max(held[1:-1], default=0),
+    between = max(held[1:-1], default=0)
+    return {"bytes of gradients between two micro-batches": between,
+            "what else stays after a micro-batch": beside(grown - between, model.units),
             "bytes of gradients": held[-1], **what_was_sent(sent.events),
             "bytes of optimizer states": memory.resident(model, optimizer)["optimizer"],
             "weights": weights_of(model)}
@@ -231,6 +251,7 @@ def _observe_hybrid(answer) -> Observed:
         with recording_into(fullest), trace() as events, _messages() as sent:
             backward(model, step)
             held, full = memory.resident(model, optimizer), full_units(model.units)
+            of_backward = len(events.events)
             optimizer.step()
             optimizer.zero_grad()
     found = what_was_sent(events.events)
@@ -239,6 +260,7 @@ def _observe_hybrid(answer) -> Observed:
                 rank for rank, the_same in enumerate(begins) if the_same],
             "bytes of optimizer states": held["optimizer"],
             "bytes of gradients": held["gradients"], "bytes of parameters": held["parameters"],
+            "collectives after backward": len(events.events) - of_backward,
             "most full units at one time": fullest.most, "full units after backward": full,
             **_by_machine(sent), "weights": weights_of(model)}
 
@@ -278,6 +300,10 @@ def _in_a_list(module):
         units[name] = [p for p in child.parameters() if p not in seen]
         seen += units[name]
     return units
+
+
+def _in_sets(module):
+    return {name: set(params) for name, params in units_of(module).items()}
 
 
 def _names(module):
@@ -619,6 +645,23 @@ class _OneMachine(Hybrid):
         small.Stage3.__init__(self, module)
 
 
+class _NotResized(Hybrid):
+    def gather(self, unit, phase):
+        comm.all_gather(unit.flat, unit.shard, self.inside, unit=unit.name, phase=phase).wait()
+
+
+class _AveragesWeights(Hybrid):
+    def reduce(self, unit, grad):
+        mine = torch.empty_like(unit.shard)
+        comm.reduce_scatter(mine, grad, self.inside, unit=unit.name, phase="backward",
+                            divide_by=2).wait()
+        unit.owned.grad = mine
+        self.free(unit)
+
+    def after_step(self, unit):
+        comm.all_reduce(unit.shard, self.across, unit=unit.name, phase="step", divide_by=2).wait()
+
+
 class _ParametersStayWhole(small.Stage2):
 
     def __init__(self, module):
@@ -675,6 +718,8 @@ ON_VARIANTS = {
             Mistake(_in_a_list, "In a list, `in` compares with ==, which for tensors means "
                     "element by element. A set compares whether it is the same object.",
                     "Boolean value of Tensor"),
+            Mistake(_in_sets, "A set has no order, and in the buffer the parameters need one that "
+                    "is the same on all ranks. Return lists.", by=("units",)),
             Mistake(_names, "The lists are to hold the module's parameters themselves: not their "
                     "names, and not p.data, which is another tensor.",
                     by=("parameters in no unit",)),
@@ -721,6 +766,8 @@ ON_VARIANTS = {
         {**WAIT_HINTS,
          "bytes of gradients between two micro-batches": "Of each micro-batch this rank's slice of "
          "the sum stays, and nothing else.",
+         "what else stays after a micro-batch": "Gradients in full are kept somewhere, if not in "
+         "the model. Only the slices have to stay.",
          "bytes of gradients": "Look for a second sum, or for a view of a full buffer.",
          "bytes sent": "A reduce_scatter after each micro-batch, and one all_gather at the end.",
          "collectives": "For each unit a reduce_scatter after each micro-batch, and one all_gather "
@@ -798,8 +845,14 @@ ON_VARIANTS = {
                     "machine each has half of a unit, and a gather inside the machine makes it "
                     "whole.", _SIZES),
             Mistake(_ShardIsAView, "The shard is a view of the flat buffer, and empty when that "
-                    "is. It needs memory of its own.",
-                    "storage of size 0|out of bounds for storage|SIGSEGV|SIGBUS"),
+                    "is. It needs memory of its own.", "SIGSEGV|SIGBUS"),
+            Mistake(_NotResized, "The flat buffer has been emptied, so what is gathered has no "
+                    "place to go. First it needs its memory back.",
+                    "out of bounds for storage of size 0"),
+            Mistake(_AveragesWeights, "Each machine takes a step by its own gradients, and then "
+                    "the weights are averaged. After Adam's step that is something else: take the "
+                    "mean of the gradients across the machines, before it.",
+                    by=("collectives after backward",)),
             Mistake(_OnlyOwnGroups, _OWN_GROUPS_ONLY, _WAITS),
         ],
         {**WAIT_HINTS,
@@ -809,6 +862,8 @@ ON_VARIANTS = {
          "bytes of gradients": "A rank keeps the gradients of its shard, and of nothing else.",
          "bytes of parameters": "A shard is half of a unit, in memory of its own.",
          "most full units at one time": "One unit is full at a time, as at stage 3.",
+         "collectives after backward": "When the optimizer has stepped, there is nothing to send: "
+         "the next forward gathers what it needs.",
          "full units after backward": "Free each unit when its gradients have been reduced.",
          "collectives": "For each unit two gathers inside, a reduction inside, and one across.",
          "bytes sent to the other machine": "Across go gradients alone, and of them a rank's "
