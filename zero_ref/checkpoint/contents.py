@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from ..engine.optimizers import ELEMENTS
 from .pack import pack, writable
 
-
 # States of torch's optimizers that are one number, even for a parameter of no dimensions.
 _NUMBERS = {"step", "mu_product", "eta", "mu"}
 

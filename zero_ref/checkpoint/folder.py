@@ -176,4 +176,4 @@ def _sha256(opened):
 
 
 def _number(checkpoint):
-    return int(_NAME.fullmatch(checkpoint.name)[1])
+    return int(checkpoint.name.partition("-")[2])

@@ -27,6 +27,8 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     the same rank were. Returns save's `extra`, on every rank; of an object with a state_dict(),
     that dict.
 
+    A checkpoint that was imported has a model alone, and leaves the optimizer as it is.
+
     Raises ValueError on every rank, and changes nothing, if there is no checkpoint, or if it is
     damaged, or if it is another model's.
     """
@@ -47,7 +49,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
             problem = error
         agree(group, problem, phase="load")
         _fill_model(source, model)
-        for index, one in enumerate(optimizers):
+        for index, one in enumerate(optimizers if source.optimizers is not None else ()):
             _fill_optimizer(source, index, model, one)
         if generators is not None:
             contents.restore_generators(generators, model.units[0].master.device)
@@ -62,9 +64,9 @@ class Source:
         files, tensors = self.manifest["files"], self.manifest.get("tensors")
         folder.check_files(checkpoint, files, sorted(files)[share[0] :: share[1]])
         try:
-            self.parts = {part: opened.enter_context(Shards(
-                checkpoint, [f for f in files if f.startswith(f"{part}/")], listed))
-                for part, listed in tensors.items()}
+            self.parts: dict[str, Shards] = {part: opened.enter_context(Shards(
+                checkpoint, [f for f in files if f.startswith(f"{part}/")], of_part))
+                for part, of_part in (tensors or {}).items()}
             self.rest = self._rest_of(0)
             self.optimizers = self.rest["optimizers"]
         except (KeyError, TypeError, AttributeError) as error:
@@ -79,7 +81,8 @@ class Source:
     def generators(self, rank: int) -> dict[str, Any] | None:
         if f"rest/rank{rank}.json" not in self.manifest["files"]:
             return None
-        return self.unpacked(self._rest_of(rank)["generators"], rank)
+        found = self._rest_of(rank).get("generators")
+        return found and self.unpacked(found, rank)
 
     def _rest_of(self, rank):
         with folder.open_plain(self.checkpoint / f"rest/rank{rank}.json", self.checkpoint) as file:
@@ -94,25 +97,26 @@ class Source:
 
 
 def _check_model(source, model):
-    wanted = {name: [dtype_of(one.p), list(one.shape)]
-              for one in contents.owned(model) for name in one.names}
-    wanted |= {name: [dtype_of(buffer), list(buffer.shape)]
-               for name, buffer in contents.buffers(model.module).items()}
-    _check_same(source.checkpoint, source.parts["model"].listed, wanted, "the model")
-
-
-def _check_same(where, saved, wanted, whose):
+    where, saved = source.checkpoint, source.parts["model"].listed
+    wanted = {name: [dtype_of(buffer), list(buffer.shape)]
+              for name, buffer in contents.buffers(model.module).items()}
+    for one in contents.owned(model):
+        # Others save a tied parameter under one of its names.
+        names = [name for name in one.names if name in saved] or one.names[:1]
+        wanted |= {key: [dtype_of(one.p), list(one.shape)] for key in names}
     for name in sorted(saved.keys() ^ wanted.keys()):
-        has, lacks = ("the checkpoint", whose) if name in saved else (whose, "the checkpoint")
-        raise ValueError(f"{where}: {has} has {name!r}, and {lacks} does not: this is a checkpoint "
-                         "of another model")
+        has, lacks = ("checkpoint", "model") if name in saved else ("model", "checkpoint")
+        raise ValueError(f"{where}: the {has} has {name!r}, and the {lacks} does not: this is a "
+                         "checkpoint of another model")
     for name, (dtype, shape) in wanted.items():
         if saved[name] != [dtype, shape]:
-            raise ValueError(f"{where}: {name!r} is {tuple(saved[name][1])} {saved[name][0]} in the "
-                             f"checkpoint, and {tuple(shape)} {dtype} in {whose}")
+            raise ValueError(f"{where}: {name!r} is {tuple(saved[name][1])} {saved[name][0]} in "
+                             f"the checkpoint, and {tuple(shape)} {dtype} in the model")
 
 
 def _check_optimizers(source, model, optimizers):
+    if source.optimizers is None:  # it was imported
+        return
     if len(source.optimizers) != len(optimizers):
         raise ValueError(f"{source.checkpoint} has {len(source.optimizers)} optimizers, and "
                          f"{len(optimizers)} are to be loaded")
@@ -149,7 +153,8 @@ def _fill_model(source, model):
     tensors = source.parts["model"]
     with torch._C.DisableTorchFunctionSubclass():
         for one in contents.owned(model):
-            tensors.read(one.names[0], one.p.view(-1), one.p._elements[0])
+            name = next(name for name in one.names if name in tensors.listed)
+            tensors.read(name, one.p.view(-1), one.p._elements[0])
     model._follow(model.units)
     for name, buffer in contents.buffers(model.module).items():
         buffer.data.copy_(tensors.whole(name))

@@ -85,7 +85,7 @@ def dtype_of(value: Tensor) -> str:
 
 
 def _packed_key(key, name):
-    if type(key) is float and not math.isfinite(key) or type(key) not in (*_KEYS, tuple):
+    if type(key) not in (*_KEYS, tuple) or (type(key) is float and not math.isfinite(key)):
         raise ValueError(f"{name} has the key {key!r}: keys can be strings, numbers, None, and "
                          "tuples of these")
     return {"tuple": [_packed_key(x, name) for x in key]} if type(key) is tuple else key

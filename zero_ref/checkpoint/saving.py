@@ -147,8 +147,8 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
     files, problem = {}, None
     try:
         if not aside.is_dir():
-            raise OSError(f"rank {rank} does not find {aside}, which rank 0 has made: save and load "
-                          "need a folder that all ranks share")
+            raise OSError(f"rank {rank} does not find {aside}, which rank 0 has made: save needs a "
+                          "folder that all ranks share")
         written = [file for part, of_part in pieces.items()
                    for file in shards.write(aside / part, of_part, rank)]
         written.append(aside / "rest" / f"rank{rank}.json")

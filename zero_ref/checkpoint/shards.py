@@ -107,6 +107,10 @@ class Shards:
                 at = saved.begin + box.begin - begin
                 out[at : at + math.prod(box.sizes)].view(box.sizes).copy_(_part(file, name, box))
 
+    def boxes_of(self, name: str) -> int:
+        """In how many boxes a tensor lies there."""
+        return len(self._boxes[name])
+
     def whole(self, name: str) -> Tensor:
         """A tensor on the CPU."""
         dtype, shape = self.listed[name]
