@@ -26,7 +26,9 @@ def export(checkpoint: Path, out: Path) -> int:
     """
     aside = out.with_name(f".{out.name}.writing")
     with ExitStack() as opened:
-        source = Source(folder.newest(checkpoint), opened).parts["model"]
+        checkpoint = folder.newest(checkpoint)
+        folder.check_files(checkpoint)
+        source = Source(checkpoint, opened).parts["model"]
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in source.listed.items():

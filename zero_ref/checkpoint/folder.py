@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +130,11 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
     return found
 
 
-def check_files(checkpoint: Path, listed: dict[str, Any], names: Iterable[str]) -> None:
-    """Raise Damaged unless these files are what was committed."""
-    for name in names:
+def check_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise Damaged unless the files are what was committed. share: (rank, world_size), for the
+    part that this rank checks."""
+    listed = manifest_of(checkpoint)["files"]
+    for name in sorted(listed)[share[0] :: share[1]]:
         try:
             with open_plain(checkpoint / name, checkpoint) as opened:
                 size, wanted = os.fstat(opened.fileno()).st_size, listed[name]["bytes"]

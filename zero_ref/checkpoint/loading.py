@@ -39,9 +39,14 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     except (ValueError, OSError) as error:
         problem = error
     checkpoint = Path(agree(group, problem, checkpoint and str(checkpoint), "load")[0])
+    try:  # a part of the files each, and nobody opens one before all are known to be right
+        folder.check_files(checkpoint, (model.rank, model.world_size))
+    except (ValueError, OSError) as error:
+        problem = error
+    agree(group, problem, phase="load")
     with ExitStack() as opened, torch.no_grad():
         try:
-            source = Source(checkpoint, opened, share=(model.rank, model.world_size))
+            source = Source(checkpoint, opened)
             _check_model(source, model)
             _check_optimizers(source, model, optimizers)
             extra, generators = source.extra(), source.generators(model.rank)
@@ -57,12 +62,11 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
 
 
 class Source:
-    """An opened checkpoint. share: (rank, world_size), which of the files are checked here."""
+    """An opened checkpoint, whose files have been checked."""
 
-    def __init__(self, checkpoint: Path, opened: ExitStack, share: tuple[int, int] = (0, 1)):
+    def __init__(self, checkpoint: Path, opened: ExitStack):
         self.checkpoint, self.manifest = checkpoint, folder.manifest_of(checkpoint)
         files, tensors = self.manifest["files"], self.manifest.get("tensors")
-        folder.check_files(checkpoint, files, sorted(files)[share[0] :: share[1]])
         try:
             self.parts: dict[str, Shards] = {part: opened.enter_context(Shards(
                 checkpoint, [f for f in files if f.startswith(f"{part}/")], of_part))

@@ -30,14 +30,18 @@ class Saving:
             self.wait()
 
     def wait(self) -> Path:
-        """Raises what save would have raised, had it not been asynchronous: once."""
-        self._thread.join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
+        """Raises what save would have raised, had it not been asynchronous."""
+        self.finish()
         if self._path is None:
             raise OSError("this checkpoint was not committed, as has been said")
         return self._path
+
+    def finish(self) -> None:
+        """Wait until it is over, and raise its error, unless that was raised before."""
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def _run(self):
         try:
@@ -69,7 +73,7 @@ def save(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     and the earlier checkpoints stay as they are.
     """
     if model in _latest:
-        _latest[model].wait()
+        _latest[model].finish()
     group = model.group
     path, optimizers = Path(path), listed(optimizer)
     pieces: dict[str, list[contents.Piece]] = {}

@@ -67,7 +67,10 @@ def _save(tensors, file, header):
         place = values.data_ptr()
         own[name] = values.clone() if place in seen else values
         seen.add(place)
-    save_file(own, file, {"format": "pt", **header})
+    try:
+        save_file(own, file, {"format": "pt", **header})
+    except SafetensorError as error:
+        raise OSError(f"{file}: {error}") from None
     file.chmod(file.parent.stat().st_mode & 0o666)  # who may read the folder may read the file
     folder.sync(file)
 

@@ -17,6 +17,7 @@ def show(path: Path) -> None:
     """Raises ValueError if there is no checkpoint, or if it is damaged."""
     with ExitStack() as opened:
         checkpoint = folder.newest(path)
+        folder.check_files(checkpoint)
         source = Source(checkpoint, opened)
         size = sum(facts["bytes"] for facts in source.manifest["files"].values())
         ranks = source.manifest.get("world_size")
