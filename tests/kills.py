@@ -3,8 +3,8 @@ the right values."""
 
 import os
 import signal
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -41,13 +41,13 @@ def tensors(model, optimizer):
             yield from (optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq", "step"))
 
 
-@torch.no_grad()
 def save_for_ever(path):
     model, optimizer, step = resumed(path)
     while True:
         step += 1
-        for values in tensors(model, optimizer):
-            values.fill_(step)
+        with torch.no_grad():
+            for values in tensors(model, optimizer):
+                values.fill_(step)
         zero_ref.save(path, model, optimizer, keep=2, step=step)
 
 
@@ -57,24 +57,16 @@ def kill_while_saving(path: Path, who: str, moments, world_size=2):
     for number, moment in enumerate(moments):
         zero_ref.launch(dist.get_rank, world_size)  # they are there
         pids, before = processes(world_size, "gloo"), folder.committed(path)[-1:]
-        failed = []
-
-        def run():
-            try:
-                zero_ref.launch(save_for_ever, world_size, str(path))
-            except zero_ref.RankError as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        deadline = time.monotonic() + 60
-        while folder.committed(path)[-1:] == before or not [*path.glob(".writing-*")]:
-            assert thread.is_alive() and time.monotonic() < deadline
-        time.sleep(moment)
-        for pid in pids if who == "all ranks" else [pids[number % world_size]]:
-            os.kill(pid, signal.SIGKILL)
-        thread.join()
-        assert failed and failed[0].kind == "ProcessDied", failed
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(zero_ref.launch, save_for_ever, world_size, str(path))
+            while not running.done() and (
+                    folder.committed(path)[-1:] == before or not [*path.glob(".writing-*")]):
+                time.sleep(0.001)
+            time.sleep(moment)
+            for pid in pids if who == "all ranks" else [pids[number % world_size]]:
+                os.kill(pid, signal.SIGKILL)
+            error = running.exception()
+        assert isinstance(error, zero_ref.RankError) and error.kind == "ProcessDied", error
         newest = int(folder.committed(path)[-1].name.split("-")[1])
         step = zero_ref.launch(lambda: resumed(str(path))[2], world_size)[0]
         assert step == newest, (step, newest)
