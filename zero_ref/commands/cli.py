@@ -63,6 +63,12 @@ def _parser():
                     "--world-size ranks itself.")
     train.set_defaults(run=_train)
     train.add_argument("--stage", type=int, required=True, choices=[0, 1, 2, 3])
+    train.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
+                       help="save checkpoints there, and go on from the newest: under torchrun "
+                            "--max-restarts a run survives what happens to its ranks. On SIGTERM they "
+                            "save once more, and end")
+    train.add_argument("--checkpoint-every", type=int, default=10, metavar="K",
+                       help="steps between two checkpoints; default: 10")
 
     bench = commands.add_parser(
         "bench", help="step time, bytes and memory beside torch DDP, FSDP2 and others",
@@ -182,7 +188,8 @@ def _train(args):
     make_task = _make_task(args, world_size)
 
     def on_rank():
-        return train(make_task, args.stage, steps=_steps(args), device=args.device, seed=args.seed)
+        return train(make_task, args.stage, steps=_steps(args), device=args.device, seed=args.seed,
+                     checkpoint_dir=args.checkpoint_dir, checkpoint_every=args.checkpoint_every)
 
     if _under_torchrun():
         report = on_rank()
@@ -194,10 +201,15 @@ def _train(args):
                          for kind, size in report["resident_bytes"].items())
         what = f"held-out {report['metric']}" if report["metric"] else "loss"
         print(f"{report['task']}, stage {report['stage']}, {world_size} ranks on "
-              f"{report['device']}, {report['steps']} steps: {what} {report['held_out']:.4f}, "
+              f"{report['device']}, {_steps_done(report)}: {what} {report['held_out']:.4f}, "
               f"{report['samples_per_second']:,.0f} samples/s; rank 0 holds {held}")
         _write_json(args.json, report)
     return 0
+
+
+def _steps_done(report):
+    resumed = f" from step {report['first_step']} on" if report["first_step"] else ""
+    return f"{report['steps']} steps{resumed}" + " (stopped by SIGTERM)" * report["stopped"]
 
 
 def _under_torchrun():
