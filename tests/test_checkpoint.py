@@ -10,6 +10,7 @@ import stat
 from collections import Counter, OrderedDict
 from pathlib import Path
 
+import faults
 import kills
 import numpy
 import pytest
@@ -860,3 +861,24 @@ def test_an_optimizer_of_something_else_is_refused(tmp_path):
 
     toy.ranks(save, 2)
     assert not [*tmp_path.iterdir()]
+
+
+# ---- under torchrun ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("kill", 0), ("stop", 1)])
+def test_a_run_survives(tmp_path, kind, workers):
+    """The other kinds, and more of these, are in faults.py."""
+    assert faults.survived(tmp_path, 2, 2, kind, at=7, rank=1, workers=workers) == 0
+
+
+def test_a_run_goes_on_with_fewer_ranks_and_with_more(tmp_path, capsys):
+    (tmp_path / "model.py").write_text(faults.MODEL)
+    options = ["train", "--model", str(tmp_path / "model.py"), "--checkpoint-dir",
+               str(tmp_path / "saved"), "--checkpoint-every", "3"]
+    for steps, stage, world_size in ((3, 1, 3), (6, 3, 2), (8, 0, 4)):
+        assert main([*options, "--stage", str(stage), "--world-size", str(world_size), "--steps",
+                     str(steps)]) == 0
+    assert "8 steps from step 6 on" in capsys.readouterr().out
+    assert main([*options, "--stage", "1", "--steps", "8"]) == 2
+    assert "has a checkpoint of step 8 already" in capsys.readouterr().err

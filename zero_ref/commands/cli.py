@@ -64,9 +64,9 @@ def _parser():
     train.set_defaults(run=_train)
     train.add_argument("--stage", type=int, required=True, choices=[0, 1, 2, 3])
     train.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
-                       help="save checkpoints there, and go on from the newest: under torchrun "
-                            "--max-restarts a run survives what happens to its ranks. On SIGTERM they "
-                            "save once more, and end")
+                       help="save checkpoints there, and go on from the newest: under torchrun's "
+                            "--max-restarts a run survives what happens to its ranks. On SIGTERM "
+                            "they save once more, and end")
     train.add_argument("--checkpoint-every", type=int, default=10, metavar="K",
                        help="steps between two checkpoints; default: 10")
 

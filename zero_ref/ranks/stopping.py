@@ -49,9 +49,8 @@ def on_sigterm() -> Iterator[Stop]:
             stack = traceback.StackSummary.extract(frames)
             stack.reverse()
             theirs = errors.outside_libraries(stack)[-4:]
-            where = errors.formatted(traceback.StackSummary(theirs))
-            print(f"rank {dist.get_rank()} was asked to stop {STUCK} s ago and is still at\n{where}",
-                  file=sys.stderr, flush=True)
+            print(f"rank {dist.get_rank()} was asked to stop {STUCK} s ago and is still at\n" +
+                  errors.formatted(traceback.StackSummary(theirs)), file=sys.stderr, flush=True)
 
     threading.Thread(target=watch, daemon=True).start()
     handler = signal.signal(signal.SIGTERM, asked)
