@@ -81,7 +81,8 @@ class MoreChanges(ast.NodeVisitor):
             self.replace(node, self.NAMES[node.id], f"{node.id} -> {self.NAMES[node.id]}")
 
     def visit_Return(self, node):
-        self.replace(node, "return None", "return … -> return None")
+        if node.value is not None:
+            self.replace(node, "return None", "return … -> return None")
         self.generic_visit(node)
 
     def visit_FunctionDef(self, node):

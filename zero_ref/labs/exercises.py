@@ -5,6 +5,7 @@ from .on_collectives import ON_COLLECTIVES
 from .on_hunt import ON_HUNT
 from .on_numbers import ON_NUMBERS
 from .on_stages import ON_STAGES
+from .on_training import ON_TRAINING
 
 EXERCISES: dict[str, Exercise] = dict(sorted(
-    {**ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_HUNT}.items()))
+    {**ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_HUNT, **ON_TRAINING}.items()))
