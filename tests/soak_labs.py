@@ -102,7 +102,7 @@ def mutants_of(name):
     lines = _lines_of_methods(text, METHODS.get(name))
     doc = {node.lineno for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Expr)
            and isinstance(node.value, ast.Constant)}
-    seen = set()
+    seen = {text}
     for mutant in sorted(finder.found, key=lambda mutant: mutant.start):
         changed = mutant.apply(text)
         if mutant.line in doc or (lines and mutant.line not in lines) or changed in seen:

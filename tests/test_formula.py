@@ -4,27 +4,11 @@ import pytest
 import torch
 
 from zero_ref import memory
+from zero_ref.labs.on_planning import TABLE_1
 
-# GB (1e9 bytes) of model states per rank as printed. Ψ -> ranks -> stages 1, 2, 3.
-TABLE_1 = {
-    7.5e9: {
-        1: ("120", "120", "120"), 4: ("52.5", "41.3", "30"),
-        16: ("35.6", "21.6", "7.5"), 64: ("31.4", "16.6", "1.88"),
-        256: ("30.4", "15.4", "0.47"), 1024: ("30.1", "15.1", "0.12"),
-    },
-    128e9: {
-        1: ("2048", "2048", "2048"), 4: ("896", "704", "512"),
-        16: ("608", "368", "128"), 64: ("536", "284", "32"),
-        256: ("518", "263", "8"), 1024: ("513", "257", "2"),
-    },
-    1000e9: {
-        1: ("16000", "16000", "16000"), 4: ("7000", "5500", "4000"),
-        16: ("4750", "2875", "1000"), 64: ("4187", "2218", "250"),
-        256: ("4046", "2054", "62.5"), 1024: ("4011", "2013", "15.6"),
-    },
-}
 ROWS = [(psi, ranks, stage, printed) for psi, by_ranks in TABLE_1.items()
-        for ranks, row in by_ranks.items() for stage, printed in zip((1, 2, 3), row)]
+        for ranks, row in by_ranks.items() for stage, printed in zip((1, 2, 3), row.split())]
+assert len(ROWS) == 54
 
 
 def paper(psi, ranks, stage):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from zero_ref.commands.cli import main
-from zero_ref.labs import answers, grade, judge, plain, small
+from zero_ref.labs import answers, grade, judge, on_variants, plain, small
 from zero_ref.labs.exercise import Todo
 from zero_ref.labs.quiz import QUESTIONS
 from zero_ref.ranks import launch, pool, travel
@@ -21,11 +21,12 @@ from zero_ref.ranks.errors import failure_of
 
 ASKED = [name for name in answers.NAMES if name.startswith("3.")]  # by notebook 3
 HEAD = "import os, torch\nfrom zero_ref.labs import check, todo"
-BOUNDS, FLATTEN = map(inspect.getsource, (small.shard_bounds, small.flatten))
+BOUNDS, FLATTEN, UNITS = map(inspect.getsource, (small.shard_bounds, small.flatten,
+                                                 on_variants.units_of))
 RIGHT = {name: question.right for name, question in QUESTIONS.items() if name.startswith("3.")}
 LOOP = "for name, letter in my_answers.items():\n    print(check(name, letter))"
 CELLS = [HEAD, BOUNDS, 'check("3.1", shard_bounds)', FLATTEN, 'check("3.2", flatten)',
-         f"my_answers = {RIGHT}", LOOP]
+         UNITS, 'check("3.3", units_of)', f"my_answers = {RIGHT}", LOOP]
 OF_BOUNDS, CHECK_OF_BOUNDS, OF_FLATTEN, CHECK_OF_FLATTEN = 1, 2, 3, 4
 
 
@@ -269,10 +270,10 @@ def test_a_class_is_graded(tmp_path, capsys):
     assert status == 1, shown
     rows = {row["learner"]: row for row in json.loads(everything.read_text())}
     assert {name: (row["points"], row["of"]) for name, row in rows.items()} == {
-        "bob": (1, 7), "carol": (1, 7), "dave": (0, 0), "erin": (1, 8)}
+        "bob": (1, 8), "carol": (1, 8), "dave": (0, 0), "erin": (1, 8)}
     assert [name for name, row in rows.items() if not row["graded"]] == ["dave"]
-    assert re.search(r"bob .* 1/7 .* 3\.1: ", shown)
-    assert re.search(r"carol .* 1/7 .* the kernel: ended by itself", shown)
+    assert re.search(r"bob .* 1/8 .* 3\.1: ", shown)
+    assert re.search(r"carol .* 1/8 .* the kernel: ended by itself", shown)
     assert re.search(r"dave .* 0/0 .* dave\.ipynb is no notebook", shown)
     assert "3 of 4 were graded, but not, or not in full: dave." in shown
     with table.open(newline="") as file:

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 import zero_ref
 from zero_ref import comm, course, memory
 from zero_ref.engine.buffers import Buffers
-from zero_ref.labs import check, judge, keep, lines, on_training, questions, small, todo
+from zero_ref.labs import check, judge, keep, lines, on_training, questions, simulated, small, todo
 from zero_ref.labs.exercises import EXERCISES
+from zero_ref.labs.on_planning import package
 from zero_ref.labs.ordering import ORDERINGS
 from zero_ref.labs.quiz import QUESTIONS
 from zero_ref.observe.kernel import tcp_bytes_sent
@@ -64,6 +65,32 @@ def test_zero_in_small_refuses_what_it_cannot_train():
 
     with pytest.raises(zero_ref.RankError, match="in exactly one child"):
         zero_ref.launch(lambda: small.wrap(Scaled(), 1), 2)
+
+
+def order_of_events(prefetch):
+    """What a real rank computes and issues in a step of stage 3: (what, unit)."""
+    model = zero_ref.wrap(course.build(), 3, overlap=True, bucket_cap_mb=0)
+    model.prefetch = prefetch
+    optimizer = torch.optim.Adam(model.parameters())
+    images, labels = course.batch(0, torch.distributed.get_rank())
+    for _ in range(2):  # in the first step nothing is known of the order of the units
+        with zero_ref.record(model, optimizer) as recording:
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+    happened = [(span.end, span.phase, span.unit) for span in recording.spans
+                if span.phase != "step"]
+    named = {"all_gather": "gather", "reduce_scatter": "reduce"}
+    happened += [(event.start, named[event.op], event.unit) for event in recording.events]
+    return [(what, int(unit) - 1) for _, what, unit in sorted(happened)]
+
+
+@pytest.mark.parametrize(("prefetch", "takes"), [(0, 36), (1, 21), (2, 21)])  # as in notebook 8
+def test_the_simulated_stage_3_is_the_package_s(prefetch, takes):
+    schedule = list(package(6, prefetch))
+    for real in zero_ref.launch(order_of_events, 2, prefetch):
+        assert real == [(what, unit) for what, unit in schedule if what != "free"]
+    step = simulated.run(schedule)
+    assert (max(step.ends.values()), step.most, step.left) == (takes, prefetch + 1, 0)
 
 
 @pytest.mark.parametrize("name", EXERCISES)

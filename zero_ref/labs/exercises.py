@@ -4,8 +4,11 @@ from .exercise import Exercise
 from .on_collectives import ON_COLLECTIVES
 from .on_hunt import ON_HUNT
 from .on_numbers import ON_NUMBERS
+from .on_planning import ON_PLANNING
 from .on_stages import ON_STAGES
 from .on_training import ON_TRAINING
+from .on_variants import ON_VARIANTS
 
-EXERCISES: dict[str, Exercise] = dict(sorted(
-    {**ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_HUNT, **ON_TRAINING}.items()))
+EXERCISES: dict[str, Exercise] = dict(sorted({
+    **ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_TRAINING, **ON_PLANNING, **ON_VARIANTS,
+    **ON_HUNT}.items()))

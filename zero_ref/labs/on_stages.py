@@ -28,7 +28,7 @@ def weights_of(model):
             for name, value in model.state_dict().items()}
 
 
-def _backward(model, step):
+def backward(model, step):
     images, labels = course.batch(step, dist.get_rank())
     F.cross_entropy(model(images), labels).backward()
 
@@ -42,12 +42,12 @@ def what_was_sent(events: list[Event]) -> Observed:
                 Counter(event.op for event in events).items())) or "none"}
 
 
-def _train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict) -> Observed:
+def train(model, steps: int = 3, after_backward: Callable[[], Observed] = dict) -> Observed:
     """Of the last step: what was sent, and what was held before the optimizer's step."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for step in range(steps):
         with trace() as sent:
-            _backward(model, step)
+            backward(model, step)
             held, more = memory.resident(model, optimizer), after_backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -72,7 +72,7 @@ def _observe_start(answer) -> Observed:
 def _observe_average(answer) -> Observed:
     model = _with(answer, start=small.Stage0.start)(course.build(seed=dist.get_rank()))
     with trace() as sent:
-        _backward(model, 0)
+        backward(model, 0)
     return {**what_was_sent(sent.events),
             "gradients": {f'unit "{unit.name}"': _like(unit.owned.grad) for unit in model.units}}
 
@@ -82,7 +82,7 @@ def _like(grad):
 
 
 def _observe_stage_1(answer) -> Observed:
-    found = _train(answer(course.build(seed=dist.get_rank())))
+    found = train(answer(course.build(seed=dist.get_rank())))
     del found["bytes of gradients"]  # who holds less of them is ahead of its time
     return found
 
@@ -95,7 +95,7 @@ def _observe_stage_2(answer) -> Observed:
         answer.reduce(self, unit, grad)
 
     model = _with(answer, reduce=reduce)(course.build(seed=dist.get_rank()))
-    return _train(model, after_backward=lambda: {
+    return train(model, after_backward=lambda: {
         "full gradients that are still there after backward": sum(
             grad() is not None for grad in full)})
 
@@ -132,7 +132,7 @@ def _observe_sharded(answer) -> Observed:
     return found
 
 
-class _Fullest(Trace):
+class Fullest(Trace):
     """Notes how many units' full parameters were there at once, when something was sent."""
 
     def __init__(self, units):
@@ -142,24 +142,24 @@ class _Fullest(Trace):
     def add(self, event: Event) -> None:
         super().add(event)
         if event.phase != "state_dict":
-            self.most = max(self.most, _full_units(self.units))
+            self.most = max(self.most, full_units(self.units))
 
 
-def _full_units(units):
+def full_units(units):
     return sum(unit.flat.untyped_storage().nbytes() > 0 for unit in units)
 
 
 def _observe_hooks(answer) -> Observed:
     model = answer(course.build(seed=dist.get_rank()))
-    found: Observed = {"full units before the first step": _full_units(model.units)}
-    watch = _Fullest(model.units)
+    found: Observed = {"full units before the first step": full_units(model.units)}
+    watch = Fullest(model.units)
     with recording_into(watch):
-        found |= _train(model, after_backward=lambda: {
-            "full units after backward": _full_units(model.units)})
+        found |= train(model, after_backward=lambda: {
+            "full units after backward": full_units(model.units)})
     found["most full units at one time"] = watch.most
     with torch.no_grad():
         model(course.batch(0, dist.get_rank())[0])
-    found["full units after a forward without gradients"] = _full_units(model.units)
+    found["full units after a forward without gradients"] = full_units(model.units)
     return found
 
 
