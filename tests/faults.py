@@ -2,8 +2,9 @@
 
     python tests/faults.py --number 50 --table docs/survives.md
 
-draws that many faults, and says which were survived and how many steps were lost beyond the last
-save. It takes about a quarter of an hour, and is not part of `make test`.
+draws that many faults, and twice as many kills of ranks that save; it says which were survived and
+how many steps were lost beyond the last save. It takes about half an hour, and is not part of `make
+test`.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections import defaultdict
 from datetime import date
 from pathlib import Path
 
+import kills
 import torch
 from safetensors.torch import load_file
 
@@ -154,6 +156,12 @@ def main():
         with tempfile.TemporaryDirectory() as folder:
             found[kind].append(survived(Path(folder), *case))
         print(number + 1, *case, found[kind][-1], flush=True)
+    for who in ("one rank", "all ranks"):
+        moments = [draw.uniform(0, 0.03) for _ in range(args.number)]
+        with tempfile.TemporaryDirectory() as folder:
+            kills.kill_while_saving(Path(folder), who, moments)
+        found[who] = [0] * args.number
+        print(f"{args.number} times, {who} killed while saving", flush=True)
     rows = [f"| {SAID[kind]} | {len(steps)} | {len(steps)} | {sum(steps)} |"
             for kind, steps in found.items()]
     text = "\n".join([
@@ -171,7 +179,9 @@ def main():
 SAID = {"kill": "a rank is killed", "raise": "a rank raises an exception",
         "hang": "a rank hangs, until the others give up after `ZERO_REF_TIMEOUT`",
         "machine": "torchrun and all its ranks are killed; started again",
-        "stop": "SIGTERM, as schedulers send it; started again"}
+        "stop": "SIGTERM, as schedulers send it; started again",
+        "one rank": "a rank is killed while all save",
+        "all ranks": "all ranks are killed while they save"}
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
