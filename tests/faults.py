@@ -8,6 +8,7 @@ test`.
 """
 
 import argparse
+import io
 import os
 import random
 import re
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from contextlib import redirect_stdout
 from datetime import date
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from zero_ref.checkpoint.converting import export
+from zero_ref.commands.cli import main
 
 STEPS, EVERY = 12, 5
 MODEL = '''"""Something happens on one rank when it asks for the batch of one step, once."""
@@ -93,8 +96,7 @@ def loss(model, batch):
 def run(folder: Path, stage: int, world_size: int = 2, fault: str = "", workers: int = 0,
         checkpoints: str = "checkpoints") -> subprocess.CompletedProcess:
     """fault: "KIND STEP RANK"."""
-    model = folder / "model.py"
-    model.write_text(MODEL)
+    (folder / "model.py").write_text(MODEL)
     environment = {**os.environ, "WORKERS": str(workers), "ZERO_REF_TIMEOUT": "4",
                    # Or a restarted rank looks for the others where they were before:
                    # https://github.com/pytorch/pytorch/issues/135712
@@ -103,10 +105,24 @@ def run(folder: Path, stage: int, world_size: int = 2, fault: str = "", workers:
         environment["FAULT"] = f"{fault} {folder / 'happened'}"
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "2",
-         "--shutdown-timeout", "6", "--nproc-per-node", str(world_size), "-m", "zero_ref", "train",
-         "--stage", str(stage), "--model", str(model), "--steps", str(STEPS),
-         "--checkpoint-every", str(EVERY), "--checkpoint-dir", str(folder / checkpoints)],
+         "--shutdown-timeout", "6", "--nproc-per-node", str(world_size), "-m", "zero_ref",
+         *options(folder, stage, checkpoints)],
         capture_output=True, text=True, timeout=120, env=environment, start_new_session=True)
+
+
+def run_here(folder: Path, stage: int, world_size: int = 2, fault: str = "", workers: int = 0,
+             checkpoints: str = "checkpoints") -> subprocess.CompletedProcess:
+    """The same without torchrun, in ranks that may be there already, and nothing happens."""
+    (folder / "model.py").write_text(MODEL)
+    with redirect_stdout(io.StringIO()) as printed:
+        status = main([*options(folder, stage, checkpoints), "--world-size", str(world_size)])
+    return subprocess.CompletedProcess([], status, printed.getvalue(), "")
+
+
+def options(folder: Path, stage: int, checkpoints: str) -> list[str]:
+    return ["train", "--stage", str(stage), "--model", str(folder / "model.py"), "--steps",
+            str(STEPS), "--checkpoint-every", str(EVERY), "--checkpoint-dir",
+            str(folder / checkpoints)]
 
 
 def weights(folder: Path, checkpoints: str = "checkpoints") -> dict[str, torch.Tensor]:
@@ -120,18 +136,18 @@ def lost(done: subprocess.CompletedProcess, at: int) -> int:
     return at - int(resumed[1]) if resumed else at
 
 
-def survived(folder: Path, stage: int, world_size: int, kind: str, at: int, rank: int, workers: int
-             ) -> int:
+def survived(folder: Path, stage: int, world_size: int, kind: str, at: int, rank: int, workers: int,
+             run_again=run) -> int:
     """Let something happen, start the command again where torchrun does not, and compare with an
     undisturbed run. Returns how many steps were lost beyond the last save."""
-    undisturbed = run(folder, stage, world_size, checkpoints="undisturbed")
+    undisturbed = run_again(folder, stage, world_size, checkpoints="undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
     done = run(folder, stage, world_size, f"{kind} {at} {rank}", workers)
     if kind in ("machine", "stop"):
         assert done.returncode != 0, done.stdout
         if kind == "stop":
             assert "(stopped by SIGTERM)" in done.stdout, done.stderr
-        done = run(folder, stage, world_size, f"{kind} {at} {rank}", workers)
+        done = run_again(folder, stage, world_size, f"{kind} {at} {rank}", workers)
     assert done.returncode == 0, done.stderr
     if kind == "hang":
         assert f"rank {rank} was asked to stop" in done.stderr, done.stderr
@@ -142,7 +158,7 @@ def survived(folder: Path, stage: int, world_size: int, kind: str, at: int, rank
     return max(0, last_save - (at - lost(done, at)))
 
 
-def main():
+def soak():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--number", type=int, default=50)
     parser.add_argument("--table", type=Path, metavar="OUT", help="write the result to this page")
@@ -185,4 +201,4 @@ SAID = {"kill": "a rank is killed", "raise": "a rank raises an exception",
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    sys.exit(soak())

@@ -18,8 +18,8 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         if "Timed out" in str(error):
             seconds = os.environ.get("ZERO_REF_TIMEOUT", "600")
-            error.add_note(f"Nothing came from another rank for {seconds} s ($ZERO_REF_TIMEOUT): it "
-                           "hangs, or is gone, or the network between the ranks is.")
+            error.add_note(f"Nothing came from another rank for {seconds} s ($ZERO_REF_TIMEOUT): "
+                           "it hangs, or is gone, or the network between the ranks is.")
         elif "Connection" in str(error):
             error.add_note("Another rank is gone: what it has printed says why.")
         raise
