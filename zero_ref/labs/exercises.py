@@ -11,5 +11,5 @@ from .on_training import ON_TRAINING
 from .on_variants import ON_VARIANTS
 
 EXERCISES: dict[str, Exercise] = dict(sorted({
-    **ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_TRAINING, **ON_CHECKPOINTS, **ON_PLANNING, **ON_VARIANTS,
-    **ON_HUNT}.items()))
+    **ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_TRAINING, **ON_CHECKPOINTS, **ON_PLANNING,
+    **ON_VARIANTS, **ON_HUNT}.items()))

@@ -113,23 +113,24 @@ def _asks_every_file(files, begin, end):
 ON_CHECKPOINTS: dict[str, Exercise] = {
     "7.5": Exercise(
         "a function (files, begin, end) → 1-D tensor", _observe_load, load_slice, [
-            Mistake(_all_of_it, "The values are right, and every rank has read the whole parameter. "
-                    "For a model that fits no rank that is too much: read what you need alone."),
-            Mistake(_whole_files, "The values are right. Of the files that hold something of yours, "
-                    "you have read the rest, too."),
+            Mistake(_all_of_it, "The values are right, and every rank has read the whole "
+                    "parameter. For a model that fits no rank that is too much: read what you need "
+                    "alone."),
+            Mistake(_whole_files, "The values are right. Of the files that hold something of "
+                    "yours, you have read the rest, too."),
             Mistake(_as_they_are_listed, "The elements are right, and not their order: files come "
                     "in any order."),
             Mistake(_own_file, "That is what the rank of your number had when it was saved. Fewer "
                     "ranks have longer slices, which begin elsewhere.",
                     by=["20 elements, saved by 4 ranks, loaded on 3"]),
-            Mistake(_first_file_alone, "A slice may lie in several files: where does yours end, and "
-                    "where does the file?"),
-            Mistake(_counted_from_the_file, "`read` counts the parameter's elements, not the file's.",
-                    "this file has the elements from"),
+            Mistake(_first_file_alone, "A slice may lie in several files: where does yours end, "
+                    "and where does the file?"),
+            Mistake(_counted_from_the_file, "`read` counts the parameter's elements, not those of "
+                    "the file.", "this file has the elements from"),
             Mistake(_nothing_to_join, "A rank's slice may be empty, and then there is nothing to "
                     "join: it still gets a tensor, without elements.", "non-empty"),
-            Mistake(_asks_every_file, "Some files hold nothing of your slice: the larger begin lies "
-                    "behind the smaller end there.", "this file has the elements from"),
+            Mistake(_asks_every_file, "Some files hold nothing of your slice: the larger begin "
+                    "lies behind the smaller end there.", "there is nothing to read"),
         ],
         {"20 elements, saved by 4 ranks, loaded on 3": "Which elements are this rank's, and in "
          "which files are they?"},
