@@ -23,6 +23,7 @@ from torch import nn
 from toy import STAGES
 
 import zero_ref
+from zero_ref import viz
 from zero_ref.checkpoint import folder
 from zero_ref.checkpoint.boxes import boxes
 from zero_ref.checkpoint.pack import pack, unpack
@@ -883,3 +884,15 @@ def test_a_run_goes_on_with_fewer_ranks_and_with_more(tmp_path, capsys):
     assert "8 steps from step 6 on" in capsys.readouterr().out
     assert main([*options, "--stage", "1", "--steps", "8"]) == 2
     assert "has a checkpoint of step 8 already" in capsys.readouterr().err
+
+
+def test_the_picture_shows_every_box(tmp_path):
+    toy.ranks(save_plain, 3, str(tmp_path))
+    picture = viz.boxes(tmp_path, ["0.weight", "0.bias"])
+    labels = [text.get_text() for ax in picture.figure.axes for text in ax.texts]
+    drawn = [(p.get_y(), p.get_x(), p.get_height(), p.get_width())
+             for p in picture.figure.axes[0].patches]
+    assert sum(high * wide for *_, high, wide in drawn) == 35 and "rank0-0" in labels
+    assert picture.text.startswith("0.weight: rank0-0 has (")
+    with pytest.raises(ValueError, match="is no checkpoint|never committed|no such folder"):
+        viz.boxes(tmp_path / "nothing", ["0.weight"])

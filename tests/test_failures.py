@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from toy import STAGES
 
 import zero_ref
-from zero_ref import memory
+from zero_ref import comm, memory
 from zero_ref.engine import check
 
 WIDTH = 5
@@ -169,6 +169,15 @@ def diverge(stage, how, timeout=2.0, from_env=False):
             opt.step()
             opt.zero_grad()
     return "through"
+
+
+def gathers_texts():
+    model = zero_ref.wrap(nn.Linear(WIDTH, WIDTH), 1, check=True)
+    return comm.all_gather_object("x" * dist.get_rank(), model.group, phase="report")
+
+
+def test_what_ranks_tell_each_other_may_differ_in_length():
+    assert toy.ranks(gathers_texts, 2) == [["", "x"]] * 2
 
 
 def test_another_branch():

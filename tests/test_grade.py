@@ -7,12 +7,14 @@ import json
 import os
 import pickle
 import re
+import sys
 
 import psutil
 import pytest
 import torch
 
 from zero_ref.commands.cli import main
+from zero_ref.commands.grade import print_report
 from zero_ref.labs import answers, grade, judge, on_variants, plain, small
 from zero_ref.labs.exercise import Todo
 from zero_ref.labs.quiz import QUESTIONS
@@ -140,6 +142,15 @@ def test_the_best_answer_counts_and_of_letters_the_last():
     assert found == {"3.1": True, "3.q1": False, "3.q2": True}
 
 
+def test_an_object_in_place_of_letters_is_not_shown_as_bytes():
+    class Right:
+        def __eq__(self, other):
+            return True
+
+    [(_, verdict)] = grade.judged(["4.p1"], {"4.p1": [answers.Packed(travel.dumps(Right()))]})
+    assert not verdict and verdict.text.endswith("and got an object of the notebook."), verdict
+
+
 # ---- what ranks send -----------------------------------------------------------------------------
 
 
@@ -231,6 +242,36 @@ def test_a_rank_has_no_say_in_its_points(tmp_path):
     assert points == {"1.2"} and not marker.exists(), found
 
 
+FORGES = """
+import json, os, time
+end = time.monotonic() + 3
+while time.monotonic() < end:
+    for process in os.listdir("/proc"):
+        try:
+            if b"zero_ref.labs.grade" not in open(f"/proc/{process}/cmdline", "rb").read():
+                continue
+            for number in sorted(map(int, os.listdir(f"/proc/{process}/fd"))):
+                if os.readlink(f"/proc/{process}/fd/{number}").startswith("pipe:"):
+                    pipe = os.open(f"/proc/{process}/fd/{number}", os.O_WRONLY | os.O_NONBLOCK)
+                    for name in ("3.1", "3.2"):
+                        line = json.dumps({"name": name, "points": 1, "text": "forged"})
+                        os.write(pipe, f"{line}\\n{'0' * 64} {line}\\n and half a".encode())
+                    os.close(pipe)
+                    break  # the first one is what it reports through
+        except OSError:
+            pass
+"""
+
+
+def test_what_a_notebook_writes_into_the_pipe_does_not_count(tmp_path):
+    for name, cells in (("mallory", [FORGES]), ("victim", CELLS[:3])):
+        (tmp_path / f"{name}.ipynb").write_text(json.dumps(notebook([*cells, 'check("3.1", 1)'])))
+    rows = grade.grade(grade.handed_in([tmp_path]), 60)
+    assert [row["learner"] for row in rows] == ["mallory", "victim"]
+    assert [row["points"] for row in rows] == [0, 1] and all(row["graded"] for row in rows), rows
+    assert "forged" not in json.dumps(rows)
+
+
 def test_a_notebook_without_an_end_gets_what_is_before_and_after(tmp_path):
     forever = "while True:\n    pass"
     stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + forever
@@ -239,7 +280,7 @@ def test_a_notebook_without_an_end_gets_what_is_before_and_after(tmp_path):
     points, found = graded(tmp_path, notebook(cells), seconds=12)
     assert points == {"3.1", "3.2"}
     assert [line["failed"] for line in found if "failed" in line] == [
-        "03_alice.ipynb, cell 4: KeyboardInterrupt",
+        "03_alice.ipynb, cell 4: was interrupted after 3 s",
         "03_alice.ipynb, the kernel: was ended after 12 s"]
 
 
@@ -283,6 +324,22 @@ def test_a_class_is_graded(tmp_path, capsys):
     left = [process for process in psutil.process_iter(["cmdline"])
             if "1234567" in (process.info["cmdline"] or ())]
     assert not left
+
+
+@pytest.mark.parametrize("notebooks", [1, 12])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_fits_and_shows_all_points(notebooks, columns, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    exercises = {f"{n}.{i}": {"points": n % 2, "text": f"{n}.{i}: {'why? ' * 12}so"}
+                 for n in range(notebooks) for i in range(10 + n)}
+    print_report([{"learner": "barbara.baker", "exercises": exercises, "broken": [], "failed": [],
+                   "points": 96, "of": 186, "graded": True}])
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)  # without bold and colours
+    assert all(len(line) <= columns for line in shown.splitlines())
+    assert {f"{n % 2 * (10 + n)}/{10 + n}" for n in range(notebooks)} <= set(shown.split())
+    assert shown.split().count("why?") == 12 and "so" in shown.split()
 
 
 @pytest.mark.parametrize("arguments, sentence", [

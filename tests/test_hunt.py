@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 import zero_ref
@@ -146,3 +147,13 @@ def test_the_notebook_has_the_broken_code_and_not_its_name(name):
     [cell] = [cell for cell in cells if cell.startswith(f"class {called}(")]
     assert shape(cell) == shape(source)
     assert all(hunt.BUGS[name].broken.__name__ not in cell for cell in cells)
+
+
+class ReducesTheLossItself(small.Stage1):
+    def skips(self, loss):
+        dist.all_reduce(loss, dist.ReduceOp.MAX, group=self.group)
+        return loss.item() > 10
+
+
+def test_a_loss_that_skips_has_changed_gets_a_hint():
+    assert "exchanged in place" in check("11.10", ReducesTheLossItself).text.replace("\n", " ")

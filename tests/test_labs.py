@@ -149,8 +149,16 @@ class OneMessageForEachDtype(small.Stage0):
         return super().forward(*args)
 
 
+class DividesIntoNewMemory(small.Stage1):
+    def reduce(self, unit, grad):
+        mine = grad.chunk(self.world_size)[self.rank]
+        comm.reduce_scatter(mine, grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = mine / self.world_size  # less is held than stage 1 needs
+
+
 @pytest.mark.parametrize(("name", "answer"), [
-    ("7.2", GathersWhatIsRounded), ("7.3", GathersFlags), ("7.4", OneMessageForEachDtype)])
+    ("7.2", GathersWhatIsRounded), ("7.3", GathersFlags), ("7.4", OneMessageForEachDtype),
+    ("11.2", DividesIntoNewMemory)])
 def test_another_way_is_right_too(name, answer):
     verdict = check(name, answer)
     assert verdict, verdict
@@ -280,6 +288,28 @@ def test_what_is_not_waited_for_is_said(name):
         exec(source.replace(".wait()", ""), namespace)
         setattr(NotWaited, method, namespace[method])
     assert "only been started when the call returns" in check(name, NotWaited).text
+
+
+class KeepsTheLast(small.Stage2):
+    def reduce(self, unit, grad):
+        self.last = grad
+        super().reduce(unit, grad)
+
+
+class BroadcastsOnOneRank(small.Stage0):
+    def start(self, unit):
+        if self.rank == 0:
+            super().start(unit)
+        torch.distributed.barrier()
+
+
+@pytest.mark.parametrize(("name", "answer", "hint"), [
+    ("5.1", KeepsTheLast, "Something still refers to the full gradient"),
+    ("2.1", BroadcastsOnOneRank, "Some ranks wait in a barrier while others wait in a collective")])
+def test_a_relative_of_a_known_mistake_gets_a_hint_that_fits(name, answer, hint, monkeypatch):
+    monkeypatch.setattr(judge, "LIMIT", 2)  # nothing is lost but time
+    verdict = check(name, answer)
+    assert f"Hint: {hint}" in verdict.text, verdict
 
 
 def test_what_is_not_sent_through_comm_is_said():

@@ -50,6 +50,8 @@ def test_the_minutes_are_those_that_reading_takes():
     assert stated.keys() == {path.name for path in reading_time.NOTEBOOKS.glob("*.ipynb")}
     for name, minutes in stated.items():
         assert abs(int(minutes) - reading_time.minutes(reading_time.NOTEBOOKS / name)) <= 5, name
+    page = PAGES["notebooks/INSTRUCTOR.md"]
+    assert dict(re.findall(r"\((\w+\.ipynb)\) \| (\d+) \|", page)) == stated
 
 
 def test_the_options_of_wrap():

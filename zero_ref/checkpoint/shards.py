@@ -85,7 +85,7 @@ class Shards:
     def __init__(self, checkpoint: Path, files: Iterable[str], listed: dict[str, list]):
         self.directory, self.listed = checkpoint, listed
         self._opened = ExitStack()
-        self._boxes: dict[str, list[tuple[Box, Any]]] = {name: [] for name in listed}
+        self._boxes: dict[str, list[tuple[Box, Any, Path]]] = {name: [] for name in listed}
         try:
             for file in sorted(files):
                 self._look_into(checkpoint / file)
@@ -104,15 +104,15 @@ class Shards:
     def read(self, name: str, out: Tensor, begin: int = 0) -> None:
         """Fill `out`, (n,), with the elements from `begin` on."""
         end = begin + out.numel()
-        for saved, file in self._boxes[name]:
+        for saved, file, _ in self._boxes[name]:
             low, high = max(begin, saved.begin), min(end, saved.end)
             for box in boxes(saved.sizes, low - saved.begin, high - saved.begin):
                 at = saved.begin + box.begin - begin
                 out[at : at + math.prod(box.sizes)].view(box.sizes).copy_(_part(file, name, box))
 
-    def boxes_of(self, name: str) -> int:
-        """In how many boxes a tensor lies there."""
-        return len(self._boxes[name])
+    def boxes_of(self, name: str) -> list[tuple[Box, str]]:
+        """The boxes of a tensor in its order, and the file in which each lies."""
+        return [(box, path.stem) for box, _, path in self._boxes[name]]
 
     def whole(self, name: str) -> Tensor:
         """A tensor on the CPU."""
@@ -129,7 +129,7 @@ class Shards:
             for name in file.keys():
                 if name not in self.listed:
                     raise Damaged(f"{path}: {name!r} is there, and the manifest does not list it")
-                self._boxes[name].append((self._box(path, file, name, offsets), file))
+                self._boxes[name].append((self._box(path, file, name, offsets), file, path))
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, Damaged):
                 raise
@@ -153,9 +153,9 @@ class Shards:
         return box
 
     def _check_complete(self, name):
-        self._boxes[name].sort(key=lambda pair: (pair[0].begin, pair[0].end))
+        self._boxes[name].sort(key=lambda part: (part[0].begin, part[0].end))
         numel, end = math.prod(self.listed[name][1]), 0
-        for box, _ in self._boxes[name]:
+        for box, *_ in self._boxes[name]:
             if box.begin != end:
                 break
             end = box.end

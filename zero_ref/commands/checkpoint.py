@@ -33,7 +33,7 @@ def show(path: Path) -> None:
             for name, (dtype, shape) in shards.listed.items():
                 table.add_row(name, str(tuple(shape)), dtype,
                               f"{prod(shape) * getattr(torch, dtype).itemsize:,}",
-                              str(shards.boxes_of(name)))
+                              str(len(shards.boxes_of(name))))
             Console(highlight=False, markup=False, emoji=False).print(table)
         for optimizer in source.optimizers or ():
             for number, group in enumerate(optimizer["groups"]):

@@ -15,6 +15,8 @@ from rich.table import Table
 from ..labs import grade
 
 Row = dict[str, Any]
+ALL = "all"
+BESIDE = 60  # characters of what went wrong that are worth a column beside the points
 
 
 def run(paths: Sequence[Path], seconds: float) -> list[Row]:
@@ -26,6 +28,7 @@ def run(paths: Sequence[Path], seconds: float) -> list[Row]:
                              "pip install 'zero_ref[lab]'")
     if not seconds > 0:
         raise ValueError(f"--timeout {seconds:g}: give a number of seconds above 0")
+    grade.keep_out_of_reach()
     learners = grade.handed_in(paths)
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
     console = Console(stderr=True)
@@ -35,29 +38,49 @@ def run(paths: Sequence[Path], seconds: float) -> list[Row]:
 
 
 def print_report(rows: Sequence[Row]) -> None:
-    """Points for each notebook and in all, and in a line what went wrong first."""
-    numbers = grade.notebooks(rows)
-    table = Table(title="Points in each notebook, and in all", title_justify="left",
-                  box=box.SIMPLE_HEAD, expand=True)
-    table.add_column("learner", no_wrap=True)
-    for heading in (*numbers, "all"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("what went wrong first", no_wrap=True, overflow="ellipsis", ratio=1)
-    for row in rows:
-        of_notebook = [_points(row, number) for number in numbers]
-        table.add_row(row["learner"], *of_notebook, f"{row['points']}/{row['of']}",
-                      _in_a_line(grade.wrong_first(row)))
+    """Points for each notebook and in all, and what went wrong first: in a line, or below them if
+    too little room is left. Points that do not fit beside each other take several tables."""
     width = None if sys.stdout.isatty() else 120
-    Console(width=width, highlight=False, markup=False, emoji=False).print(table)
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    headings = [*grade.notebooks(rows), ALL]
+    for size in range(len(headings), 0, -1):
+        tables = [_table(rows, headings[i : i + size]) for i in range(0, len(headings), size)]
+        needed = max(console.measure(table, options=console.options.update(max_width=1000)).maximum
+                     for table in tables)
+        if needed <= console.width:
+            break
+    if needed + BESIDE <= console.width and len(tables) == 1:
+        tables = [_table(rows, headings, said=True)]
+    else:
+        tables.append(_table(rows, [], said=True))
+    print("Points in each notebook, and in all")
+    for table in tables:
+        console.print(table)
     broken = [row["learner"] for row in rows if not row["graded"]]
     print(f"{len(rows) - len(broken)} of {len(rows)} were graded"
           + (f", but not, or not in full: {', '.join(broken)}." if broken else "."))
 
 
-def _points(row, number):
+def _table(rows, headings, said=False):
+    """said: with what went wrong first, which takes the width that is left."""
+    table = Table(box=box.SIMPLE_HEAD, expand=said)
+    table.add_column("learner", no_wrap=True, max_width=30)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    if said:
+        table.add_column("what went wrong first", ratio=1, no_wrap=bool(headings),
+                         overflow="ellipsis" if headings else "fold")
+    for row in rows:
+        points = [_points(row, heading) for heading in headings]
+        wrong = [_in_a_line(grade.wrong_first(row))] if said else []
+        table.add_row(row["learner"], *points, *wrong)
+    return table
+
+
+def _points(row, heading):
     points = [exercise["points"] for name, exercise in row["exercises"].items()
-              if name.split(".")[0] == number]
-    return f"{sum(points)}/{len(points)}" if points else ""
+              if heading in (ALL, name.split(".")[0])]
+    return f"{sum(points)}/{len(points)}" if points or heading == ALL else ""
 
 
 def _in_a_line(text):

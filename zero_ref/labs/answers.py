@@ -12,6 +12,7 @@ import math
 import pickle
 import re
 import threading
+import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ NAMES = [*EXERCISES, *ORDERINGS, *QUESTIONS]
 LARGEST = 50_000_000  # bytes of a file that is read
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Packed:
     """An answer: bytes here, and on a rank what they stand for."""
 
@@ -37,6 +38,9 @@ class Packed:
 
     def __reduce__(self):
         return pickle.loads, (self.pickled,)
+
+    def __repr__(self):
+        return "an object of the notebook"
 
     def __call__(self, *_: Any) -> None:  # `check` wants something that can be called
         raise TypeError("an answer is called on ranks only")
@@ -150,14 +154,18 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
     from nbformat.v4 import new_code_cell, new_notebook
 
     answers: Answers = defaultdict(list)
+    limit = math.ceil(seconds / 4)
     client = NotebookClient(new_notebook(), kernel_name="python3", allow_errors=True,
                             interrupt_on_timeout=True, shutdown_kernel="immediate")
 
     def execute(source: str) -> tuple[str, str]:
         """What a cell prints, and its error."""
         client.nb.cells.append(new_code_cell(source))
+        start = time.monotonic()
         outputs = client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1).outputs
         errors = [f"{out.ename}: {out.evalue}" for out in outputs if out.output_type == "error"]
+        if errors and time.monotonic() - start >= limit:
+            errors = [f"was interrupted after {limit} s"]
         return ("".join(out.text for out in outputs if out.output_type == "stream"),
                 errors[0].splitlines()[0][:200].strip(" :") if errors else "")
 
@@ -177,7 +185,7 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
     failed: dict[str, str] = {}
     with client.setup_kernel(cwd=str(folder)):
         execute(f"{this}.begin()")
-        client.timeout_func = lambda cell: math.ceil(seconds / 4)
+        client.timeout_func = lambda cell: limit
         kernel: Any = client.km
         end = threading.Timer(seconds, kernel.provisioner.process.kill)
         end.start()

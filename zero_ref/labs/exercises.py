@@ -12,4 +12,5 @@ from .on_variants import ON_VARIANTS
 
 EXERCISES: dict[str, Exercise] = dict(sorted({
     **ON_NUMBERS, **ON_COLLECTIVES, **ON_STAGES, **ON_TRAINING, **ON_CHECKPOINTS, **ON_PLANNING,
-    **ON_VARIANTS, **ON_HUNT}.items()))
+    **ON_VARIANTS, **ON_HUNT}.items(),
+    key=lambda item: [*map(int, item[0].split("."))]))  # 11.10 after 11.9

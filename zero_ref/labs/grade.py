@@ -7,11 +7,16 @@ For each learner there is a process that never runs code of the learner's:
 It starts those that do: kernels, which run the notebooks and give the answers (answers.py), and
 ranks, on which the answers are judged as `check` judges them. What ranks send back is read as plain
 data (plain.py), and what the solutions give was found out before an answer came to them. The
-process prints a line of JSON for each thing that it finds, which the caller reads.
+process prints a line of JSON for each thing that it finds, which the caller reads. A key, which it
+gets from the caller, signs each line: a notebook may find the pipe and write to it, too.
 """
 
+import ctypes
+import hmac
+import itertools
 import json
 import os
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -32,6 +37,7 @@ from .keep import PIECES
 TRIES = 3  # answers to one exercise that are judged, from the last one on
 LONGEST = 5_000  # characters of a verdict
 KINDS = (".ipynb", ".py")
+_PR_SET_DUMPABLE = 4
 _MARK = "ZERO_REF_GRADING"  # in the environment of all processes of a learner
 
 # ---- the learner's process -----------------------------------------------------------------------
@@ -89,13 +95,19 @@ def _grade(folder: Path, seconds: float, say: Callable[..., None]) -> None:
 
 
 def _main():
-    out = open(os.dup(1), "wb")  # no other process has it
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    keep_out_of_reach()
+    key = sys.stdin.buffer.readline().strip()
+    out = open(os.dup(1), "wb")
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(nowhere, standard)
+    numbers = itertools.count()
 
     def say(**found: Any) -> None:
-        out.write(json.dumps(found, ensure_ascii=False).encode(errors="replace") + b"\n")
+        text = json.dumps(found, ensure_ascii=False).encode(errors="replace")
+        signed = b"%d %s" % (next(numbers), text)
+        # After the end of whatever line somebody else has begun.
+        out.write(b"\n%s %s\n" % (_signature(key, signed), signed))
         out.flush()
 
     try:
@@ -103,6 +115,17 @@ def _main():
     except Exception as error:
         say(broken=f"grading failed: {travel.said(error)}")
     say(done=True)
+
+
+def keep_out_of_reach() -> None:
+    """From now on, other processes of this user can neither read this one's memory nor use its open
+    files; root's can. (On Linux: prctl(2).)"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0)
+
+
+def _signature(key: bytes, text: bytes) -> bytes:
+    return hmac.digest(key, text, "sha256").hex().encode()
 
 
 # ---- the class -----------------------------------------------------------------------------------
@@ -176,6 +199,7 @@ def _row(name, files, seconds):
 
 def _found_in(files, seconds):
     """Run the learner's process, and return what it has found, all of it or until it was ended."""
+    key = secrets.token_hex().encode()
     mark, notebooks = uuid.uuid4().hex, sum(name.endswith(KINDS) for name in files)
     with tempfile.TemporaryDirectory(prefix="zero_ref-", ignore_cleanup_errors=True) as temporary:
         folder, own = Path(temporary, "work"), Path(temporary, "ipython")
@@ -185,15 +209,26 @@ def _found_in(files, seconds):
         command = [sys.executable, "-P", "-m", "zero_ref.labs.grade", str(folder), str(seconds)]
         environment = {**os.environ, _MARK: mark, "IPYTHONDIR": str(own)}
         try:
-            text = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            text = subprocess.run(command, input=key + b"\n", stdout=subprocess.PIPE,
                                   stderr=subprocess.DEVNULL, env=environment,
                                   timeout=60 + notebooks * (seconds + 90)).stdout
         except subprocess.TimeoutExpired as error:
             text = error.stdout or b""
         finally:
             _end_all(mark)
-    *lines, _ = text.split(b"\n")
-    return [json.loads(line) for line in lines]
+    return [*_signed(text, key)]
+
+
+def _signed(text: bytes, key: bytes) -> Iterator[dict[str, Any]]:
+    """What the process has said itself, in its order."""
+    last = -1
+    for line in text.split(b"\n"):
+        signature, _, signed = line.partition(b" ")
+        if hmac.compare_digest(signature, _signature(key, signed)):
+            number, _, found = signed.partition(b" ")
+            if int(number) > last:  # not once more
+                last = int(number)
+                yield json.loads(found)
 
 
 def _end_all(mark):

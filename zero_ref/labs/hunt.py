@@ -406,9 +406,10 @@ def _recorded(name, answer, optimizer):
 # ---- what is shown of it -------------------------------------------------------------------------
 
 
-def symptoms(name: str, optimizer: str | None = None) -> None:
+def symptoms(name: str, optimizer: str | None = None) -> "Picture | None":
     """Train with the broken stage on real ranks, and print what there is to be seen: whether it
     ends, the loss beside that of the right stage, bytes beside the formula, and collectives.
+    Returns the timeline of a step, if that ends.
 
     optimizer: "Adam" or "SGD", by default the one with which the bug shows."""
     bug, optimizer = _known(name, optimizer)
@@ -416,6 +417,7 @@ def symptoms(name: str, optimizer: str | None = None) -> None:
                    for answer in (bug.broken, bug.mended))
     print(f"{name}: stage {bug.stage} with {optimizer} on {bug.world_size} ranks\n")
     print("\n\n".join("\n".join(part) for part in _parts(bug, optimizer, seen, right)))
+    return timeline(name, optimizer) if bug.ends else None
 
 
 def _parts(bug, optimizer, seen, right):

@@ -41,8 +41,9 @@ def _observe_load(answer) -> Observed:
     found: Observed = {}
     for numel, of in ((20, 4), (17, 4), (2, 4), (9, 5), (12, world_size)):
         values, log = torch.arange(numel) + 0.5, []
-        files = [Saved(values, *small.shard_bounds(numel, of, r), log)
-                 for r in (*range(1, of, 2), *range(0, of, 2))]  # as a folder may list them
+        bounds = [small.shard_bounds(numel, of, r) for r in range(of)]
+        files = [Saved(values, begin, end, log)
+                 for begin, end in bounds[1::2] + bounds[::2]]  # as a folder may list them
         own = small.shard_bounds(numel, world_size, rank)
         what = f"{numel} elements, saved by {of} ranks, loaded on {world_size}"
         found[what] = answer(files, *own)

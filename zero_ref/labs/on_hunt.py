@@ -22,6 +22,8 @@ def _observe(name: str, answer: type) -> Observed:
     found = {f"bytes of {what}": seen["held"][key] for what, key in (
         ("optimizer states", "optimizer"), ("gradients", "gradients"),
         ("parameters", "parameters"))} | what_was_sent(training)
+    if bug.stage == 1:  # who holds less of the gradients is ahead of its time, and not wrong
+        found["bytes of gradients"] = max(found["bytes of gradients"], found["bytes of parameters"])
     if bug.stage >= 2:
         found["most bytes of gradients at one time"] = seen["most"]["gradients"]
     if bug.stage == 3:
@@ -330,8 +332,8 @@ ON_HUNT = {
                 "nothing to take a mean of."),
         Mistake(_LargestNorm, "All ranks agree on a norm now, but it is that of one rank's "
                 "slices."),
-        broken=dict(hint="Each rank has another norm, and scales its slices by another factor. "
-                    "What is the norm of the whole gradient?")),
+        broken=dict(hint="Each rank has a norm of its own, and scales its slices by its own "
+                    "factor. What is the norm of the whole gradient?")),
     "11.6": _exercise(
         "11.6", "a class like small.Stage2, with a method reduce",
         Mistake(_ReducesInHalves, "The peak is lower, but full gradients still wait for those of "
@@ -379,5 +381,7 @@ ON_HUNT = {
                 "elsewhere goes unnoticed."),
         Mistake(_NeverSkips, "All ranks decide alike, because no step is ever left out."),
         broken=dict(hint="A rank leaves a step out, and the others do not know of it.",
-                    raises=_DIVERGE)),
+                    raises=_DIVERGE),
+        losses="The right steps are left out, but the loss is not what it was: it was exchanged "
+        "in place. Give the ranks a copy of it."),
 }

@@ -133,7 +133,7 @@ def _observe_schedule(answer) -> Observed:
 
 def _what_comes_of(schedule):
     step = simulated.run(schedule)
-    return {"what is computed": ", ".join(step.computed),
+    return {"what is computed": ", ".join(step.computed) or "nothing",
             "gradients that are not reduced": len(step.not_reduced),
             "most units in full at one time": step.most,
             "units left in full at the end": step.left,

@@ -610,6 +610,7 @@ _ELSEWHERE = ("unit.flat is something else now, but its memory is still there: t
               "parameters are views of it. This memory has to become empty.")
 _DELETED = ("Nothing is freed. (`del` removes a name, not the memory. The memory stays as long as "
             "something refers to it, and the layer's parameters are views of it.)")
+_KEPT = "Something still refers to the full gradient, so its memory stays."
 _SHAPE = ("resize_ of a tensor changes its shape. The memory stays as it is: it belongs to the "
           "tensor's storage.")
 
@@ -622,8 +623,8 @@ def _alone_in_a_barrier(answer: type, method: str) -> Mistake:
         return getattr(answer, method)(self, *args)
 
     return Mistake(type("_AloneInABarrier", (answer,), {method: with_barrier}),
-                   "Every rank must call a barrier, as it must a collective. A rank that calls it "
-                   "alone waits there, and the others wait for it in their next collective.",
+                   "Some ranks wait in a barrier while others wait in a collective. Every rank has "
+                   "to come to both, and in the same order.",
                    r"stuck.*barrier\(")
 
 
@@ -723,8 +724,7 @@ ON_STAGES = {
         "a class like small.Stage2, with a method reduce", _observe_stage_2, small.Stage2, [
             Mistake(_StillAView, "The slice is a view of the full buffer, and keeps all of it "
                     "alive: that needs stage 1's memory. Let the sum arrive in memory of its own."),
-            Mistake(_KeepsTheFullOne, "Something still refers to the full gradient, so its memory "
-                    "stays."),
+            Mistake(_KeepsTheFullOne, _KEPT),
             Mistake(_Stage2Sum, "That is the sum of the gradients. Divide by the number of ranks: "
                     "divide_by=…"),
             Mistake(_EmptiesTheGradient, "The result was freed together with the buffer that held "
@@ -734,7 +734,7 @@ ON_STAGES = {
             Mistake(_Stage2ScattersIntoTheGradient, _SWAPPED, _SIZES),
             _alone_in_a_barrier(small.Stage2, "reduce"),
             Mistake(_Stage2OnlyRank0Reduces, _SOME, _NOT_ALL),
-        ], _STEP),
+        ], {**_STEP, "full gradients that are still there after backward": _KEPT}),
     "6.1": Exercise(
         "a class like small.Sharded, with own, gather and free", _observe_sharded, small.Sharded, [
             Mistake(_ShardIsAView, "The shard is a view of the flat buffer, so emptying the buffer "

@@ -573,6 +573,8 @@ ON_TRAINING = {
          "gradient and what the optimizer updates, nothing has to stay.",
          "bytes sent": "A reduce_scatter and an all_gather, both in bf16.",
          "collectives": "One reduce_scatter and one all_gather for each unit, as at stage 2.",
+         "the shard is the master, rounded": "After a step, unit.shard is not unit.owned rounded, "
+         "or neither is a number. If so, look at the reduction: its two buffers need one dtype.",
          "weights": "What is held and sent is right, but the weights are not. Follow one number "
          "through a step: gradient, master, shard, everyone's flat buffer."}),
     "7.3": Exercise(

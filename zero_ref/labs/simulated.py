@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 TAKES = {"forward": 1, "backward": 2, "gather": 1, "reduce": 1}
 REFUSED = {"gather": "is there already", "reduce": "has no gradient to send",
            "forward": "is not there", "backward": "is not there", "free": "is not there"}
+UNKNOWN = f"can be told one of {', '.join(sorted(REFUSED))}"
 
 
 @dataclass
@@ -58,6 +59,6 @@ def run(schedule: Iterable[tuple[str, int]]) -> Step:
             line_free = step.occupy("network", max(now, line_free), what, unit)
             step.not_reduced.remove(unit)
         else:
-            raise ValueError(f"{what} {unit}: unit {unit} {REFUSED[what]}")
+            raise ValueError(f"{what} {unit}: unit {unit} {REFUSED.get(what, UNKNOWN)}")
     step.left = len(arrives)
     return step
