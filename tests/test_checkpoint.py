@@ -894,5 +894,5 @@ def test_the_picture_shows_every_box(tmp_path):
              for p in picture.figure.axes[0].patches]
     assert sum(high * wide for *_, high, wide in drawn) == 35 and "rank0-0" in labels
     assert picture.text.startswith("0.weight: rank0-0 has (")
-    with pytest.raises(ValueError, match="is no checkpoint|never committed|no such folder"):
+    with pytest.raises(ValueError, match="there is no such folder"):
         viz.boxes(tmp_path / "nothing", ["0.weight"])
