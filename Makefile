@@ -51,6 +51,7 @@ test: .venv/.installed-test
 soak: .venv/.installed-test
 	$(BIN)/python tests/soak_labs.py --table docs/soak.md $(ARGS)
 	$(BIN)/python tests/soak_grade.py --table docs/soak.md
+	$(BIN)/python tests/faults.py --table docs/survives.md
 
 # What people get who install without the pins.
 test-newest:

@@ -41,6 +41,7 @@ EQUIVALENT = {
         "all slices have one size",
     ("3.2", "flat = params[0].new_zeros(numel + -numel % world_size, requires_grad=False)",
      "0 -> 1"): "all parameters of a layer have one dtype",
+    ("7.5", "if low < high:", "< -> <="): "then nothing is read",
     ("11.8", "unit.params = list(unit.layer.parameters())", "a statement -> pass"):
         "the unit was made with these parameters",
     ("11.8", "unit.flat = small.flatten(unit.params, self.world_size)", "a statement -> pass"):

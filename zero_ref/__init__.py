@@ -9,6 +9,8 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from .checkpoint.loading import load
+from .checkpoint.saving import save
 from .engine import agreement
 from .engine import check as checking
 from .engine.precision import GradScaler, MixedPrecision, own_precision
@@ -25,8 +27,8 @@ from .stage2 import Stage2
 from .stage3 import Stage3
 
 __all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
-           "compare", "init", "launch", "load_ipython_extension", "memory", "record", "trace",
-           "wrap"]
+           "compare", "init", "launch", "load", "load_ipython_extension", "memory", "record",
+           "save", "trace", "wrap"]
 __version__ = "0.1.0"
 
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}

@@ -1,4 +1,4 @@
-"""The command line: `zero-ref compare`, `bench`, `train` and `grade`."""
+"""The command line: `zero-ref compare`, `bench`, `train`, `grade`, `show`, `export`, `import`."""
 
 import argparse
 import json
@@ -63,6 +63,12 @@ def _parser():
                     "--world-size ranks itself.")
     train.set_defaults(run=_train)
     train.add_argument("--stage", type=int, required=True, choices=[0, 1, 2, 3])
+    train.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
+                       help="save checkpoints there, and go on from the newest: under torchrun's "
+                            "--max-restarts a run survives what happens to its ranks. On SIGTERM "
+                            "they save once more, and end")
+    train.add_argument("--checkpoint-every", type=int, default=10, metavar="K",
+                       help="steps between two checkpoints; default: 10")
 
     bench = commands.add_parser(
         "bench", help="step time, bytes and memory beside torch DDP, FSDP2 and others",
@@ -96,6 +102,29 @@ def _parser():
     grade.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
     grade.add_argument("--timeout", type=float, default=120, metavar="S",
                        help="seconds for a notebook, of which a cell gets a quarter; default: 120")
+
+    show = commands.add_parser(
+        "show", help="what is in a checkpoint",
+        description="Check a checkpoint's files, and list its tensors and what else is in it.")
+    show.set_defaults(run=_show)
+    export = commands.add_parser(
+        "export", help="a checkpoint's model as one safetensors file",
+        description="Write the model of a checkpoint into one safetensors file, which others read, "
+                    "such as Hugging Face's from_pretrained. Needs neither ranks nor a GPU.")
+    export.set_defaults(run=_export)
+    for command in (show, export):
+        command.add_argument("checkpoint", type=Path, metavar="CHECKPOINT",
+                             help="a checkpoint, or a folder of them, of which the newest counts")
+    export.add_argument("out", type=Path, metavar="OUT.safetensors")
+
+    import_ = commands.add_parser(
+        "import", help="a checkpoint from others' safetensors files",
+        description="Commit a checkpoint of a model's state dict, which zero_ref.load then gives "
+                    "to any stage and any number of ranks.")
+    import_.set_defaults(run=_import)
+    import_.add_argument("files", type=Path, nargs="+", metavar="FILE.safetensors")
+    import_.add_argument("folder", type=Path, metavar="FOLDER",
+                         help="where the checkpoint is committed")
 
     for command in (compare, train):
         what = command.add_mutually_exclusive_group()
@@ -159,7 +188,8 @@ def _train(args):
     make_task = _make_task(args, world_size)
 
     def on_rank():
-        return train(make_task, args.stage, steps=_steps(args), device=args.device, seed=args.seed)
+        return train(make_task, args.stage, steps=_steps(args), device=args.device, seed=args.seed,
+                     checkpoint_dir=args.checkpoint_dir, checkpoint_every=args.checkpoint_every)
 
     if _under_torchrun():
         report = on_rank()
@@ -171,10 +201,15 @@ def _train(args):
                          for kind, size in report["resident_bytes"].items())
         what = f"held-out {report['metric']}" if report["metric"] else "loss"
         print(f"{report['task']}, stage {report['stage']}, {world_size} ranks on "
-              f"{report['device']}, {report['steps']} steps: {what} {report['held_out']:.4f}, "
+              f"{report['device']}, {_steps_done(report)}: {what} {report['held_out']:.4f}, "
               f"{report['samples_per_second']:,.0f} samples/s; rank 0 holds {held}")
         _write_json(args.json, report)
     return 0
+
+
+def _steps_done(report):
+    resumed = f" from step {report['first_step']} on" if report["first_step"] else ""
+    return f"{report['steps']} steps{resumed}" + " (stopped by SIGTERM)" * report["stopped"]
 
 
 def _under_torchrun():
@@ -247,6 +282,29 @@ def _grade(args):
     if args.csv:
         write_csv(args.csv, rows)
     return 0 if all(row["graded"] for row in rows) else 1
+
+
+def _show(args):
+    from .checkpoint import show
+
+    show(args.checkpoint)
+    return 0
+
+
+def _export(args):
+    from ..checkpoint.converting import export
+
+    _check_output(args.out)
+    count = export(args.checkpoint, args.out)
+    print(f"Written: {args.out}, {count} tensors")
+    return 0
+
+
+def _import(args):
+    from ..checkpoint.converting import import_
+
+    print(f"Committed: {import_(args.files, args.folder)}")
+    return 0
 
 
 def _check_output(*files, figure=None):

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,20 +13,28 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import comm, wrap
+from .. import comm, load, save, wrap
+from ..checkpoint.folder import committed
 from ..engine.tree import tensors_in
 from ..observe import memory
+from ..ranks.stopping import on_sigterm
 from ..tasks.task import Task
 
+KEPT = 2  # checkpoints
 
-def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
-          seed: int) -> dict[str, Any]:
+
+def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str, seed: int,
+          checkpoint_dir: Path | None = None, checkpoint_every: int = 10) -> dict[str, Any]:
     """Train on this rank, together with the others. Returns what was measured, as a dict.
 
-    device: "cpu" or "cuda".
+    device: "cpu" or "cuda". checkpoint_dir: where a checkpoint is saved after every
+    `checkpoint_every` steps, after the last one, and when a rank gets SIGTERM, which ends the run;
+    and from where it goes on.
     """
     if steps < 1:
         raise ValueError(f"steps={steps}: at least 1")
+    if checkpoint_every < 1:
+        raise ValueError(f"--checkpoint-every {checkpoint_every}: at least 1")
     device = prepare_device(device)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     task = make_task()
@@ -33,10 +42,18 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
     model = wrap(task.build().to(device), stage, units=task.units)
     opt = task.optimizer(model.parameters())
 
-    times = []
-    with progress(steps) as show:
-        for step in range(steps):
-            batch = task.batch_on(device, step, rank)
+    first, done = 0, 0
+    if checkpoint_dir and comm.all_gather_object(bool(committed(checkpoint_dir)), model.group,
+                                                 phase="load")[0]:
+        first = done = load(checkpoint_dir, model, opt)["step"]
+    if first >= steps:
+        raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give more "
+                         f"--steps than {steps}, or another --checkpoint-dir")
+
+    times, stopped = [], False
+    with progress(steps - first) as show, on_sigterm() as stop:
+        while done < steps and not stopped:
+            batch = task.batch_on(device, done, rank)
             samples = world_size * len(tensors_in(batch)[0])
             start = time.perf_counter()
             loss = task.loss(model, batch)
@@ -48,13 +65,20 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
             times.append(time.perf_counter() - start)
             show(f"loss {loss_now:.4f}  {samples / times[-1]:,.0f} samples/s  "
                  f"{sum(held.values()) / 1e6:.2f} MB of model states per rank")
+            done += 1
+            if checkpoint_dir:
+                stopped = stop.agreed(model.group)
+                if stopped or done == steps or done % checkpoint_every == 0:
+                    save(checkpoint_dir, model, opt, keep=KEPT, step=done)
     losses = comm.all_gather_object(loss_now, model.group, phase="report")
     return {
-        "task": task.name, "stage": stage, "world_size": world_size, "steps": steps,
+        "task": task.name, "stage": stage, "world_size": world_size, "steps": done,
+        "first_step": first, "stopped": stopped,
         "optimizer": type(opt).__name__, "device": describe(device),
         "loss": (mean := sum(losses) / world_size),
-        "metric": task.metric if task.evaluate else None,
-        "held_out": task.evaluate(model, device) if task.evaluate else mean,
+        "metric": task.metric if task.evaluate and not stopped else None,
+        # Who was asked to stop has no time for more.
+        "held_out": task.evaluate(model, device) if task.evaluate and not stopped else mean,
         "samples_per_second": samples / sorted(times)[len(times) // 2],
         "resident_bytes": held,
     }

@@ -1,10 +1,28 @@
 """Where in a model an exception came up: a traceback shows the line, and not which unit it is."""
 
+import os
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 models = weakref.WeakSet()  # every wrapped model of this process
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around the wait for a message: say what gloo's own words mean for a run."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Timed out" in str(error):
+            seconds = os.environ.get("ZERO_REF_TIMEOUT", "600")
+            error.add_note(f"Nothing came from another rank for {seconds} s ($ZERO_REF_TIMEOUT): "
+                           "it hangs, or is gone, or the network between the ranks is.")
+        elif "Connection" in str(error):
+            error.add_note("Another rank is gone: what it has printed says why.")
+        raise
 
 
 def annotate(error: BaseException) -> None:

@@ -22,7 +22,7 @@ from .slices import unmarked
 ELEMENTWISE = (optim.SGD, optim.Adam, optim.AdamW, optim.NAdam, optim.RAdam, optim.Adamax,
                optim.Adagrad, optim.Adadelta, optim.RMSprop, optim.Rprop, optim.ASGD)
 
-_ELEMENTS = "zero_ref_elements"  # in each state: (begin, end) of what it belongs to
+ELEMENTS = "zero_ref_elements"  # in each state: (begin, end) of what it belongs to
 
 
 def watch(model) -> list:
@@ -136,7 +136,7 @@ def _refuse_others_states(optimizer):
     """States fit the elements that they were made for. Each says which these are, and what it says
     is saved and loaded with it."""
     for p, state in _states_in(optimizer):
-        if (of_state := state.get(_ELEMENTS)) == p._elements:
+        if (of_state := state.get(ELEMENTS)) == p._elements:
             continue
         sizes = {value.numel() for value in state.values()
                  if isinstance(value, torch.Tensor) and value.ndim}
@@ -152,7 +152,7 @@ def _refuse_others_states(optimizer):
 
 def _say_whose_states(optimizer):
     for p, state in _states_in(optimizer):
-        state[_ELEMENTS] = p._elements
+        state[ELEMENTS] = p._elements
 
 
 def _states_in(optimizer):

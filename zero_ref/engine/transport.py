@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup as Group
 
+from . import failure
+
 # What a collective yields is to be waited for before it is resumed.
 Steps: TypeAlias = Generator[list[dist.Work], None, Any]
 
@@ -85,7 +87,8 @@ def all_gather_bytes(data: Tensor, group: Group) -> list[bytes]:
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([data.numel()], device=device)
     counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, mine, group=group)
+    with failure.explained():
+        dist.all_gather(counts, mine, group=group)
     padded = torch.zeros(int(max(counts)), dtype=torch.uint8, device=device)
     padded[: data.numel()] = data
     rows = [torch.empty_like(padded) for _ in counts]
@@ -146,8 +149,9 @@ def issue(steps: Steps, op: str, device: torch.device, group: Group) -> Callable
 
 def _run(steps: Steps) -> None:
     for works in steps:
-        for work in works:
-            work.wait()
+        with failure.explained():
+            for work in works:
+                work.wait()
 
 
 class Lane(threading.Thread):

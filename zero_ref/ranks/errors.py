@@ -10,7 +10,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from traceback import StackSummary
+from traceback import FrameSummary, StackSummary
 
 import torch
 
@@ -100,8 +100,11 @@ def launched_frames(stack: StackSummary) -> StackSummary:
     begin = ours.index(True) if True in ours else 0
     begin = ours.index(False, begin) if False in ours[begin:] else len(stack)
     end = ours.index(True, begin) if True in ours[begin:] else len(stack)  # it is printing
-    return StackSummary(frame for frame in stack[begin:end]
-                        if not frame.filename.startswith(_LIBRARY))
+    return outside_libraries(stack[begin:end])
+
+
+def outside_libraries(stack: Sequence[FrameSummary]) -> StackSummary:
+    return StackSummary(frame for frame in stack if not frame.filename.startswith(_LIBRARY))
 
 
 def _parts(error, seen=()):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from . import errors, travel
+from . import errors, machine, travel
 from .errors import Interrupted, RankError
 from .pool import Pool
 from .rank import join
@@ -99,6 +99,8 @@ def init(backend: str | None = None) -> torch.device:
     if missing:
         raise RuntimeError(f"{', '.join(missing)} not set: zero_ref.init() joins ranks that "
                            "torchrun started; without torchrun use zero_ref.launch(fn, world_size)")
+    machine.end_with_parent()
+    machine.talk_towards(os.environ.get("MASTER_ADDR", "localhost"))
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     backend = backend or default_backend(local_ranks)
     return join(backend, int(os.environ["LOCAL_RANK"]))

@@ -1,0 +1,180 @@
+"""A folder of checkpoints: what is committed stays, what is not was never there.
+
+    path/latest                     the name of the newest one
+    path/checkpoint-000007/         a committed one; manifest.json lists all that is in it
+    path/.writing-000008/           one that is being written, or was when the run was killed
+
+A checkpoint is written aside. When every file of it is on disk, the manifest is written, and then
+renaming the directory commits it: that happens wholly or not at all. `latest` moves after that, and
+only then are older ones removed.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from pathlib import Path
+from typing import Any
+
+MANIFEST, LATEST, FORMAT = "manifest.json", "latest", 1
+_LARGEST_MANIFEST = 1 << 28  # bytes
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+_FILE = re.compile(r"(model|optimizer-\d+|rest)/rank\d+(-\d+)?\.(safetensors|json)")
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was committed."""
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def begin(path: Path) -> Path:
+    """Make the folder of a new checkpoint, aside; what earlier runs have left there goes. Called on
+    one rank."""
+    if (path / MANIFEST).exists():
+        raise ValueError(f"{path} is a checkpoint itself: name the folder around it, in which save "
+                         "commits the next one")
+    path.mkdir(parents=True, exist_ok=True)
+    for left in (*path.glob(".writing-*"), *path.glob(".removed-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    number = max([0, *map(_number, committed(path))]) + 1
+    aside = path / f".writing-{number:06}"
+    aside.mkdir()
+    return aside
+
+
+def to_disk(file: Path, content: bytes) -> None:
+    """Write a file, and return when it is on disk."""
+    with open(file, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync(path: Path) -> None:
+    """Return when this file, or the names in this directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def facts(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as opened:
+        return {"bytes": os.fstat(opened.fileno()).st_size, "sha256": _sha256(opened)}
+
+
+def commit(aside: Path, manifest: dict[str, Any], keep: int | None) -> Path:
+    """All files are on disk: from here on it is the newest checkpoint. Called on one rank."""
+    to_disk(aside / MANIFEST, json.dumps({"format": FORMAT, **manifest}, indent=1).encode())
+    for directory in (*{aside / Path(name).parent for name in manifest["files"]}, aside):
+        sync(directory)
+    path = aside.parent
+    final = path / aside.name.replace(".writing", "checkpoint")
+    aside.rename(final)
+    sync(path)
+    to_disk(path / f".{LATEST}", f"{final.name}\n".encode())
+    (path / f".{LATEST}").replace(path / LATEST)
+    sync(path)
+    for old in committed(path)[: -keep] if keep else ():
+        removed = path / old.name.replace("checkpoint", ".removed")
+        old.rename(removed)  # at no time is it half a checkpoint
+        shutil.rmtree(removed, ignore_errors=True)
+    return final
+
+
+# ---- finding and checking ------------------------------------------------------------------------
+
+
+def committed(path: Path) -> list[Path]:
+    """The checkpoints in a folder, the newest last."""
+    found = [p for p in path.iterdir() if _NAME.fullmatch(p.name)] if path.is_dir() else []
+    return sorted(found, key=_number)
+
+
+def newest(path: Path) -> Path:
+    """The checkpoint that `path` is, or the newest in that folder."""
+    if (path / MANIFEST).exists():
+        return path
+    if found := committed(path):
+        return found[-1]
+    if path.name.startswith((".writing-", ".removed-")):
+        raise ValueError(f"{path} was never committed: name the folder around it")
+    what = "there is no such folder" if not path.exists() else "no checkpoint was committed there"
+    raise ValueError(f"{path}: {what}")
+
+
+def manifest_of(checkpoint: Path) -> dict[str, Any]:
+    """What is to be in it. Raises Damaged."""
+    file = checkpoint / MANIFEST
+    try:
+        with open_plain(file, checkpoint) as opened:
+            content = opened.read(_LARGEST_MANIFEST + 1)
+    except OSError as error:
+        raise Damaged(f"{file}: {error.strerror}") from None
+    try:
+        found = from_json(content)
+        names = found["files"]
+        assert found["format"] == FORMAT and isinstance(names, dict)
+        assert len(content) <= _LARGEST_MANIFEST
+    except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
+        raise Damaged(f"{file} is no manifest of a checkpoint: {error or 'its form is another'}"
+                      ) from None
+    for name in names:
+        if not _FILE.fullmatch(name):
+            raise Damaged(f"{file} lists {name!r}, which is no name of a checkpoint's file")
+    return found
+
+
+def check_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> None:
+    """Raise Damaged unless the files are what was committed. share: (rank, world_size), for the
+    part that this rank checks."""
+    listed = manifest_of(checkpoint)["files"]
+    for name in sorted(listed)[share[0] :: share[1]]:
+        try:
+            with open_plain(checkpoint / name, checkpoint) as opened:
+                size, wanted = os.fstat(opened.fileno()).st_size, listed[name]["bytes"]
+                if size != wanted:
+                    raise Damaged(f"{checkpoint / name} has {size:,} bytes, and {wanted:,} were "
+                                  "written")
+                if _sha256(opened) != listed[name]["sha256"]:
+                    raise Damaged(f"{checkpoint / name} is not what was written: its checksum is "
+                                  "another")
+        except OSError as error:
+            raise Damaged(f"{checkpoint / name}: {error.strerror}") from None
+        except (KeyError, TypeError):
+            raise Damaged(f"{checkpoint / MANIFEST} says neither size nor checksum of {name}"
+                          ) from None
+
+
+def open_plain(file: Path, checkpoint: Path):
+    """Open a file for reading that is no link and no device, and that lies in the checkpoint."""
+    if Path(os.path.realpath(file)) != Path(os.path.realpath(checkpoint), file.relative_to(
+            checkpoint)):
+        raise Damaged(f"{file} is a link, or lies behind one, to outside of the checkpoint")
+    opened = open(file, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise Damaged(f"{file} is no ordinary file")
+    return opened
+
+
+def from_json(content: bytes) -> Any:
+    def unique(pairs):
+        if len(pairs) != len({key for key, _ in pairs}):
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    return json.loads(content, object_pairs_hook=unique)
+
+
+def _sha256(opened):
+    return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _number(checkpoint):
+    return int(checkpoint.name.partition("-")[2])

@@ -1,0 +1,192 @@
+"""`load(path, model, optimizer)`: each rank reads what it keeps, whoever has written it."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..engine.optimizers import ELEMENTS
+from ..engine.shell import Shell
+from . import contents, folder
+from .folder import Damaged
+from .pack import dtype_of, unpack
+from .saving import agree, listed
+from .shards import Shards, check_header
+
+
+def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimizer]
+         ) -> dict[str, Any]:
+    """Give model and optimizer what a checkpoint holds: the newest one in the folder `path`, or
+    `path` itself. Called on every rank, at any stage, with any number of ranks.
+
+    All is checked before anything is changed: files by their checksums, names, shapes and dtypes
+    against the model and the optimizer's groups. Random number generators are set to where those of
+    the same rank were. Returns save's `extra`, on every rank; of an object with a state_dict(),
+    that dict.
+
+    A checkpoint that was imported has a model alone, and leaves the optimizer as it is.
+
+    Raises ValueError on every rank, and changes nothing, if there is no checkpoint, or if it is
+    damaged, or if it is another model's.
+    """
+    group, optimizers = model.group, listed(optimizer)
+    checkpoint, problem = None, None
+    try:
+        checkpoint = folder.newest(Path(path)).resolve() if model.rank == 0 else None
+    except (ValueError, OSError) as error:
+        problem = error
+    checkpoint = Path(agree(group, problem, checkpoint and str(checkpoint), "load")[0])
+    try:  # a part of the files each, and nobody opens one before all are known to be right
+        folder.check_files(checkpoint, (model.rank, model.world_size))
+    except (ValueError, OSError) as error:
+        problem = error
+    agree(group, problem, phase="load")
+    with ExitStack() as opened, torch.no_grad():
+        try:
+            source = Source(checkpoint, opened)
+            _check_model(source, model)
+            _check_optimizers(source, model, optimizers)
+            extra, generators = source.extra(), source.generators(model.rank)
+        except (ValueError, OSError) as error:
+            problem = error
+        agree(group, problem, phase="load")
+        _fill_model(source, model)
+        for index, one in enumerate(optimizers if source.optimizers is not None else ()):
+            _fill_optimizer(source, index, model, one)
+        if generators is not None:
+            contents.restore_generators(generators, model.units[0].master.device)
+    return extra
+
+
+class Source:
+    """An opened checkpoint, whose files have been checked."""
+
+    def __init__(self, checkpoint: Path, opened: ExitStack):
+        self.checkpoint, self.manifest = checkpoint, folder.manifest_of(checkpoint)
+        files, tensors = self.manifest["files"], self.manifest.get("tensors")
+        try:
+            self.parts: dict[str, Shards] = {part: opened.enter_context(Shards(
+                checkpoint, [f for f in files if f.startswith(f"{part}/")], of_part))
+                for part, of_part in (tensors or {}).items()}
+            self.rest = self._rest_of(0)
+            self.optimizers = self.rest["optimizers"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise Damaged(f"{checkpoint}: something is missing: {error}") from None
+
+    def extra(self) -> dict[str, Any]:
+        return {name: self.unpacked(value) for name, value in self.rest["extra"].items()}
+
+    def unpacked(self, packed: Any, rank: int = 0) -> Any:
+        return unpack(packed, lambda key: self._plain(rank)[key])
+
+    def generators(self, rank: int) -> dict[str, Any] | None:
+        if f"rest/rank{rank}.json" not in self.manifest["files"]:
+            return None
+        found = self._rest_of(rank).get("generators")
+        return found and self.unpacked(found, rank)
+
+    def _rest_of(self, rank):
+        with folder.open_plain(self.checkpoint / f"rest/rank{rank}.json", self.checkpoint) as file:
+            return folder.from_json(file.read())
+
+    def _plain(self, rank):
+        from safetensors.torch import load_file
+
+        file = self.checkpoint / f"rest/rank{rank}.safetensors"
+        check_header(file)
+        return load_file(file)
+
+
+def _check_model(source, model):
+    where, saved = source.checkpoint, source.parts["model"].listed
+    wanted = {name: [dtype_of(buffer), list(buffer.shape)]
+              for name, buffer in contents.buffers(model.module).items()}
+    for one in contents.owned(model):
+        # Others save a tied parameter under one of its names.
+        names = [name for name in one.names if name in saved] or one.names[:1]
+        wanted |= {key: [dtype_of(one.p), list(one.shape)] for key in names}
+    for name in sorted(saved.keys() ^ wanted.keys()):
+        has, lacks = ("checkpoint", "model") if name in saved else ("model", "checkpoint")
+        raise ValueError(f"{where}: the {has} has {name!r}, and the {lacks} does not: this is a "
+                         "checkpoint of another model")
+    for name, (dtype, shape) in wanted.items():
+        if saved[name] != [dtype, shape]:
+            raise ValueError(f"{where}: {name!r} is {tuple(saved[name][1])} {saved[name][0]} in "
+                             f"the checkpoint, and {tuple(shape)} {dtype} in the model")
+
+
+def _check_optimizers(source, model, optimizers):
+    if source.optimizers is None:  # it was imported
+        return
+    if len(source.optimizers) != len(optimizers):
+        raise ValueError(f"{source.checkpoint} has {len(source.optimizers)} optimizers, and "
+                         f"{len(optimizers)} are to be loaded")
+    params = {id(one.p): one for one in contents.owned(model)}
+    for index, (saved, optimizer) in enumerate(zip(source.optimizers, optimizers)):
+        kind = type(optimizer).__name__
+        if saved["class"] != kind:
+            raise ValueError(f"{source.checkpoint} has the states of {saved['class']}, and this is "
+                             f"{kind}")
+        groups = [[params[id(p)].names[0] if id(p) in params else "one that is not of this model"
+                   for p in group["params"]] for group in optimizer.param_groups]
+        for number, (group, of_saved) in enumerate(zip(groups, saved["groups"])):
+            if group != of_saved["params"]:
+                first = next((name for name in group if name not in of_saved["params"]), None)
+                raise ValueError(f"{source.checkpoint}: group {number} of {kind} has other "
+                                 f"parameters, {first!r} for instance")
+        if len(groups) != len(saved["groups"]):
+            raise ValueError(f"{source.checkpoint}: {kind} had {len(saved['groups'])} groups of "
+                             f"parameters, and has {len(groups)} here")
+        shape_of = {one.names[0]: list(one.shape) for one in params.values()}
+        tensors = source.parts[f"optimizer-{index}"].listed
+        for name, states in saved["states"].items():
+            for key, how in states.items():
+                dtype_and_shape = tensors.get(f"state.{name}.{key}")
+                if how == "like the parameter" and (
+                        not dtype_and_shape or dtype_and_shape[1] != shape_of.get(name)):
+                    raise Damaged(f"{source.checkpoint}: the state {key!r} of {name!r} is missing "
+                                  "or has another shape")
+                if how == "whole" and not dtype_and_shape:
+                    raise Damaged(f"{source.checkpoint}: the state {key!r} of {name!r} is missing")
+
+
+def _fill_model(source, model):
+    tensors = source.parts["model"]
+    with torch._C.DisableTorchFunctionSubclass():
+        for one in contents.owned(model):
+            name = next(name for name in one.names if name in tensors.listed)
+            tensors.read(name, one.p.view(-1), one.p._elements[0])
+    model._follow(model.units)
+    for name, buffer in contents.buffers(model.module).items():
+        buffer.data.copy_(tensors.whole(name))
+
+
+def _fill_optimizer(source, index, model, optimizer):
+    saved, tensors = source.optimizers[index], source.parts[f"optimizer-{index}"]
+    for group, of_saved in zip(optimizer.param_groups, saved["groups"]):
+        group.update(source.unpacked(of_saved["options"]))
+    on_device = {id(p): group.get("capturable") or group.get("fused")
+                 for group in optimizer.param_groups for p in group["params"]}
+    for one in contents.owned(model):
+        if id(one.p) not in on_device:
+            continue
+        state = {}
+        for key, how in saved["states"].get(one.names[0], {}).items():
+            name = f"state.{one.names[0]}.{key}"
+            if how == "like the parameter":
+                with torch._C.DisableTorchFunctionSubclass():
+                    dtype = getattr(torch, tensors.listed[name][0])
+                    values = torch.empty(one.p.shape, dtype=dtype, device=one.p.device)
+                tensors.read(name, values.view(-1), one.p._elements[0])
+                state[key] = values
+            elif how == "whole":
+                value = tensors.whole(name)
+                state[key] = value.to(one.p.device) if value.ndim or on_device[id(one.p)] else value
+            else:
+                state[key] = source.unpacked(how["value"])
+        optimizer.state.pop(one.p, None)
+        if state:
+            optimizer.state[one.p] = {**state, ELEMENTS: one.p._elements}

@@ -1,0 +1,188 @@
+"""`save(path, model, optimizer)`: every rank writes its own shard, and nothing is gathered."""
+
+import json
+import shutil
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from .. import comm
+from ..engine.shell import Shell
+from . import contents, folder, shards
+from .pack import pack
+
+
+class Saving:
+    """A checkpoint that is being written. `wait()` returns its path once it is committed."""
+
+    def __init__(self, write: Callable[[], Path], asynchronous: bool):
+        self._path: Path | None = None
+        self._error: Exception | None = None
+        self._write = write
+        self._thread = threading.Thread(target=self._run, name="zero_ref.save")
+        self._thread.start()
+        if not asynchronous:
+            self.wait()
+
+    def wait(self) -> Path:
+        """Raises what save would have raised, had it not been asynchronous."""
+        self.finish()
+        if self._path is None:
+            raise OSError("this checkpoint was not committed, as has been said")
+        return self._path
+
+    def finish(self) -> None:
+        """Wait until it is over, and raise its error, unless that was raised before."""
+        self._thread.join()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _run(self):
+        try:
+            self._path = self._write()
+        except Exception as error:
+            self._error = error
+        del self._write  # and with it the copies
+
+
+_latest: Any = weakref.WeakKeyDictionary()  # by model: its latest Saving
+_groups: Any = weakref.WeakKeyDictionary()  # by model: for what is agreed on meanwhile
+
+
+def save(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimizer], *,
+         keep: int | None = None, asynchronous: bool = False, **extra: Any) -> Saving:
+    """Commit a new checkpoint in the folder `path`, which all ranks see. Called on every rank.
+
+    Each rank writes the elements that are its shard, under the names and in the shapes of the bare
+    module, so that `load` fits them to any stage and any number of ranks. Each rank's random number
+    generators are in it, too.
+
+    keep: how many checkpoints stay in the folder, the newest ones; default: all.
+    asynchronous: return when the shard has been copied to host memory, and write it while training
+        goes on. An error is raised by `wait()` of what is returned, or by the next save.
+    extra: what else belongs to it, of rank 0: numbers, strings, tensors, lists, tuples and dicts of
+        these, and objects with a state_dict(), such as a scheduler.
+
+    Raises ValueError for what cannot be saved, and OSError if it cannot be written: on every rank,
+    and the earlier checkpoints stay as they are.
+    """
+    if model in _latest:
+        _latest[model].finish()
+    group = model.group
+    path, optimizers = Path(path), listed(optimizer)
+    pieces: dict[str, list[contents.Piece]] = {}
+    rest, tensors, aside, problem = {}, {}, None, None
+    try:
+        if keep is not None and (type(keep) is not int or keep < 1):
+            raise ValueError(f"keep={keep!r}: must be a number of checkpoints, 1 or more, or None")
+        model._look_at_module()
+        pieces["model"] = contents.of_model(model)
+        for index, one in enumerate(optimizers):
+            pieces[f"optimizer-{index}"] = contents.of_optimizer(model, one)
+        rest, tensors = _rest(model, optimizers, extra)
+        if asynchronous:
+            pieces = {part: [piece._replace(values=piece.values.clone()) for piece in of_part]
+                      for part, of_part in pieces.items()}
+            tensors = {name: value.clone() for name, value in tensors.items()}
+        if model.rank == 0:
+            aside = folder.begin(path)
+            for part in (*pieces, "rest"):
+                (aside / part).mkdir()
+    except (ValueError, OSError) as error:
+        problem = error
+    try:
+        name = agree(group, problem, aside and aside.name)[0]
+    except BaseException:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+    apart = _group_of(model) if asynchronous else group
+
+    def write() -> Path:
+        return _write(path / name, pieces, rest, tensors, keep, model.rank, apart)
+
+    _latest[model] = Saving(write, asynchronous)
+    return _latest[model]
+
+
+def listed(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
+    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+
+
+def agree(group: dist.ProcessGroup, problem: Exception | None, value: object = None,
+          phase: str = "save") -> list:
+    """Everyone's value, unless somebody has a problem: then all ranks raise that."""
+    kind = "OSError" if isinstance(problem, OSError) else "ValueError"
+    text = said(problem) if problem is not None else None
+    found = comm.all_gather_object([text, kind, value], group, phase=phase)
+    if problem is not None:
+        raise {"OSError": OSError, "ValueError": ValueError}[kind](text)
+    for rank, (text, kind, _) in enumerate(found):
+        if text is not None:
+            raise {"OSError": OSError, "ValueError": ValueError}[kind](f"rank {rank}: {text}")
+    return [value for _, _, value in found]
+
+
+def said(problem: Exception) -> str:
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.filename or 'the checkpoint'}: {problem.strerror}"
+    return str(problem)
+
+
+def _rest(model, optimizers, extra):
+    """What is no model's and no optimizer's tensor: (JSON, tensors)."""
+    tensors = {}
+    own = contents.generators(model.units[0].master.device)
+    rest = {"generators": pack(own, "the generators", tensors)}
+    if model.rank == 0:
+        rest["extra"] = {name: pack(value, name, tensors) for name, value in extra.items()}
+        rest["optimizers"] = [contents.described(model, one, tensors) for one in optimizers]
+    return rest, tensors
+
+
+def _write(aside, pieces, rest, tensors, keep, rank, group):
+    """Called on every rank, in a thread of its own perhaps."""
+    files, problem = {}, None
+    try:
+        if not aside.is_dir():
+            raise OSError(f"rank {rank} does not find {aside}, which rank 0 has made: save needs a "
+                          "folder that all ranks share")
+        written = [file for part, of_part in pieces.items()
+                   for file in shards.write(aside / part, of_part, rank)]
+        written.append(aside / "rest" / f"rank{rank}.json")
+        folder.to_disk(written[-1], json.dumps(rest).encode())
+        written.append(shards.write_plain(aside / "rest" / f"rank{rank}.safetensors", tensors))
+        files = {str(file.relative_to(aside)): folder.facts(file) for file in written}
+    except Exception as error:
+        problem = error if isinstance(error, OSError) else OSError(said(error))
+    final = None
+    try:
+        everyones = agree(group, problem, files)
+        problem = None
+        if rank == 0:
+            manifest = {"world_size": len(everyones), "files": {
+                name: facts for of_rank in everyones for name, facts in of_rank.items()},
+                "tensors": {part: shards.listed(of_part) for part, of_part in pieces.items()}}
+            try:
+                final = folder.commit(aside, manifest, keep)
+            except OSError as error:
+                problem = error
+        return Path(agree(group, problem, final and str(final))[0])
+    except BaseException:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def _group_of(model):
+    """What is agreed on while training goes on may not come between training's messages."""
+    if model not in _groups:
+        ranks = dist.get_process_group_ranks(model.group)
+        _groups[model] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _groups[model]

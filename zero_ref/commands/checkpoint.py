@@ -1,0 +1,46 @@
+"""`zero-ref show`: what is in a checkpoint, as tables."""
+
+from contextlib import ExitStack
+from math import prod
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ..checkpoint import folder
+from ..checkpoint.loading import Source
+
+
+def show(path: Path) -> None:
+    """Raises ValueError if there is no checkpoint, or if it is damaged."""
+    with ExitStack() as opened:
+        checkpoint = folder.newest(path)
+        folder.check_files(checkpoint)
+        source = Source(checkpoint, opened)
+        size = sum(facts["bytes"] for facts in source.manifest["files"].values())
+        ranks = source.manifest.get("world_size")
+        print(f"{checkpoint}: {size:,} bytes in {len(source.manifest['files'])} files, "
+              + (f"written by {ranks} ranks" if ranks else "imported"))
+        for part, shards in source.parts.items():
+            table = Table(title=part, title_justify="left", box=box.SIMPLE_HEAD)
+            table.add_column("tensor", overflow="fold")
+            for heading in ("shape", "dtype"):
+                table.add_column(heading, no_wrap=True)
+            for heading in ("bytes", "boxes"):
+                table.add_column(heading, justify="right", no_wrap=True)
+            for name, (dtype, shape) in shards.listed.items():
+                table.add_row(name, str(tuple(shape)), dtype,
+                              f"{prod(shape) * getattr(torch, dtype).itemsize:,}",
+                              str(len(shards.boxes_of(name))))
+            Console(highlight=False, markup=False, emoji=False).print(table)
+        for optimizer in source.optimizers or ():
+            for number, group in enumerate(optimizer["groups"]):
+                options = ", ".join(f"{key}={value}" for key, value in source.unpacked(
+                    group["options"]).items())
+                print(f"{optimizer['class']}, group {number} of {len(group['params'])} parameters: "
+                      f"{options}")
+        for name, value in source.extra().items():
+            text = repr(value)
+            print(f"{name}: {text if len(text) <= 200 else text[:200] + '…'}")
