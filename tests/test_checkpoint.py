@@ -700,6 +700,21 @@ def hostile(good, tmp_path):
     def huge_in_the_manifest(checkpoint, manifest):
         manifest["tensors"]["model"]["token.weight"][1] = [2**40, 7]
 
+    def deep_json(checkpoint, manifest):
+        (checkpoint / "rest/rank0.json").write_text("[" * 100_000)
+
+    def other_options(checkpoint, manifest):
+        file = checkpoint / "rest/rank0.json"
+        rest = json.loads(file.read_text())
+        rest["optimizers"][0]["groups"][0]["options"] = {"dict": [["params", []]]}
+        file.write_text(json.dumps(rest))
+
+    def other_generators(checkpoint, manifest):
+        file = checkpoint / "rest/rank1.json"
+        rest = json.loads(file.read_text())
+        rest["generators"] = {"dict": [["torch", 3]]}
+        file.write_text(json.dumps(rest))
+
     def twice_in_a_header(checkpoint, manifest):
         tensor = '"token.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         header = f"{{{tensor}, {tensor}}}"
@@ -707,7 +722,8 @@ def hostile(good, tmp_path):
                                          bytes(4))
 
     for change in (a_pickle, a_pickle_for_json, traversal, absolute, a_link, a_linked_folder,
-                   a_pipe, header_bomb, huge_shape, huge_in_the_manifest, twice_in_a_header):
+                   a_pipe, header_bomb, huge_shape, huge_in_the_manifest, twice_in_a_header,
+                   deep_json, other_options, other_generators):
         path = tmp_path / change.__name__
         shutil.copytree(good, path)
         rewrite(path, change)
@@ -725,7 +741,7 @@ def hostile(good, tmp_path):
 
 def test_a_hostile_checkpoint_runs_nothing_allocates_nothing_and_writes_nothing(good, tmp_path):
     cases = [*hostile(good, tmp_path)]
-    assert len(cases) == 13
+    assert len(cases) == 16
 
     def load_all():
         return max(most_bytes(torch.device("cpu"), lambda case=case: unchanged_by(*case))

@@ -137,6 +137,13 @@ def generators(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def check_generators(found: dict[str, Any]) -> None:
+    """Raise something unless these are states of generators."""
+    torch.Generator().set_state(found["torch"])
+    random.Random().setstate(found["python"])
+    numpy.random.RandomState().set_state(found["numpy"])
+
+
 def restore_generators(found: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(found["torch"])
     random.setstate(found["python"])

@@ -41,24 +41,31 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     checkpoint = Path(agree(group, problem, checkpoint and str(checkpoint), "load")[0])
     try:  # a part of the files each, and nobody opens one before all are known to be right
         folder.check_files(checkpoint, (model.rank, model.world_size))
-    except (ValueError, OSError) as error:
-        problem = error
+    except Exception as error:
+        problem = _as_damaged(checkpoint, error)
     agree(group, problem, phase="load")
     with ExitStack() as opened, torch.no_grad():
         try:
             source = Source(checkpoint, opened)
             _check_model(source, model)
-            _check_optimizers(source, model, optimizers)
+            states = _check_optimizers(source, model, optimizers)
             extra, generators = source.extra(), source.generators(model.rank)
-        except (ValueError, OSError) as error:
-            problem = error
+        except Exception as error:
+            problem = _as_damaged(checkpoint, error)
         agree(group, problem, phase="load")
         _fill_model(source, model)
-        for index, one in enumerate(optimizers if source.optimizers is not None else ()):
-            _fill_optimizer(source, index, model, one)
+        for index, (one, (options, values)) in enumerate(zip(optimizers, states)):
+            _fill_optimizer(source, index, model, one, options, values)
         if generators is not None:
             contents.restore_generators(generators, model.units[0].master.device)
     return extra
+
+
+def _as_damaged(checkpoint, error):
+    """Whatever files from strangers make of the readers."""
+    if isinstance(error, ValueError | OSError):
+        return error
+    return Damaged(f"{checkpoint} is no checkpoint: {type(error).__name__}: {error}")
 
 
 class Source:
@@ -85,8 +92,12 @@ class Source:
     def generators(self, rank: int) -> dict[str, Any] | None:
         if f"rest/rank{rank}.json" not in self.manifest["files"]:
             return None
-        found = self._rest_of(rank).get("generators")
-        return found and self.unpacked(found, rank)
+        packed = self._rest_of(rank).get("generators")
+        if packed is None:
+            return None
+        found = self.unpacked(packed, rank)
+        contents.check_generators(found)
+        return found
 
     def _rest_of(self, rank):
         with folder.open_plain(self.checkpoint / f"rest/rank{rank}.json", self.checkpoint) as file:
@@ -119,8 +130,10 @@ def _check_model(source, model):
 
 
 def _check_optimizers(source, model, optimizers):
+    """For each optimizer, the options of its groups, and those states that are no tensors."""
     if source.optimizers is None:  # it was imported
-        return
+        return []
+    found = []
     if len(source.optimizers) != len(optimizers):
         raise ValueError(f"{source.checkpoint} has {len(source.optimizers)} optimizers, and "
                          f"{len(optimizers)} are to be loaded")
@@ -151,6 +164,13 @@ def _check_optimizers(source, model, optimizers):
                                   "or has another shape")
                 if how == "whole" and not dtype_and_shape:
                     raise Damaged(f"{source.checkpoint}: the state {key!r} of {name!r} is missing")
+        options = [dict(source.unpacked(group["options"])) for group in saved["groups"]]
+        if any(not isinstance(key, str) or key == "params" for group in options for key in group):
+            raise Damaged(f"{source.checkpoint}: the options of {kind} are none")
+        found.append((options, {
+            (name, key): source.unpacked(how["value"]) for name, states in saved["states"].items()
+            for key, how in states.items() if how not in ("like the parameter", "whole")}))
+    return found
 
 
 def _fill_model(source, model):
@@ -164,10 +184,10 @@ def _fill_model(source, model):
         buffer.data.copy_(tensors.whole(name))
 
 
-def _fill_optimizer(source, index, model, optimizer):
+def _fill_optimizer(source, index, model, optimizer, options, values):
     saved, tensors = source.optimizers[index], source.parts[f"optimizer-{index}"]
-    for group, of_saved in zip(optimizer.param_groups, saved["groups"]):
-        group.update(source.unpacked(of_saved["options"]))
+    for group, of_group in zip(optimizer.param_groups, options):
+        group.update(of_group)
     on_device = {id(p): group.get("capturable") or group.get("fused")
                  for group in optimizer.param_groups for p in group["params"]}
     for one in contents.owned(model):
@@ -179,14 +199,13 @@ def _fill_optimizer(source, index, model, optimizer):
             if how == "like the parameter":
                 with torch._C.DisableTorchFunctionSubclass():
                     dtype = getattr(torch, tensors.listed[name][0])
-                    values = torch.empty(one.p.shape, dtype=dtype, device=one.p.device)
-                tensors.read(name, values.view(-1), one.p._elements[0])
-                state[key] = values
+                    state[key] = torch.empty(one.p.shape, dtype=dtype, device=one.p.device)
+                tensors.read(name, state[key].view(-1), one.p._elements[0])
             elif how == "whole":
                 value = tensors.whole(name)
                 state[key] = value.to(one.p.device) if value.ndim or on_device[id(one.p)] else value
             else:
-                state[key] = source.unpacked(how["value"])
+                state[key] = values[one.names[0], key]
         optimizer.state.pop(one.p, None)
         if state:
             optimizer.state[one.p] = {**state, ELEMENTS: one.p._elements}

@@ -25,8 +25,10 @@ class Saving:
         self._error: Exception | None = None
         self._write = write
         self._thread = threading.Thread(target=self._run, name="zero_ref.save")
-        self._thread.start()
-        if not asynchronous:
+        if asynchronous:
+            self._thread.start()
+        else:
+            self._run()
             self.wait()
 
     def wait(self) -> Path:
@@ -38,7 +40,8 @@ class Saving:
 
     def finish(self) -> None:
         """Wait until it is over, and raise its error, unless that was raised before."""
-        self._thread.join()
+        if self._thread.ident is not None:  # it was started
+            self._thread.join()
         error, self._error = self._error, None
         if error is not None:
             raise error
