@@ -39,14 +39,14 @@ quick: .venv/.installed-test
 	$(BIN)/pytest $(QUICK) $(ARGS)
 
 # A file's tests stay together, because they share ranks.
-AT_A_TIME := -n 4 --dist loadfile
+TWO_AT_A_TIME := -n 2 --dist loadfile
 
 test: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest $(AT_A_TIME) -m "not alone" $(ARGS)
+	$(BIN)/pytest $(TWO_AT_A_TIME) -m "not alone" $(ARGS)
 	$(BIN)/pytest -m alone $(ARGS)
-	$(BIN)/pytest $(AT_A_TIME) --nbval notebooks/
+	$(BIN)/pytest $(TWO_AT_A_TIME) --nbval notebooks/
 
 soak: .venv/.installed-test
 	$(BIN)/python tests/soak_labs.py --table docs/soak.md $(ARGS)
