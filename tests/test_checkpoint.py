@@ -716,6 +716,11 @@ def hostile(good, tmp_path):
         rest["generators"] = {"dict": [["torch", 3]]}
         file.write_text(json.dumps(rest))
 
+    def a_pipe_that_is_not_listed(checkpoint, manifest):
+        del manifest["files"]["rest/rank0.safetensors"]
+        (checkpoint / "rest/rank0.safetensors").unlink()
+        os.mkfifo(checkpoint / "rest/rank0.safetensors")
+
     def twice_in_a_header(checkpoint, manifest):
         tensor = '"token.weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
         header = f"{{{tensor}, {tensor}}}"
@@ -724,7 +729,7 @@ def hostile(good, tmp_path):
 
     for change in (a_pickle, a_pickle_for_json, traversal, absolute, a_link, a_linked_folder,
                    a_pipe, header_bomb, huge_shape, huge_in_the_manifest, twice_in_a_header,
-                   deep_json, other_options, other_generators):
+                   deep_json, other_options, other_generators, a_pipe_that_is_not_listed):
         path = tmp_path / change.__name__
         shutil.copytree(good, path)
         rewrite(path, change)
@@ -742,7 +747,7 @@ def hostile(good, tmp_path):
 
 def test_a_hostile_checkpoint_runs_nothing_allocates_nothing_and_writes_nothing(good, tmp_path):
     cases = [*hostile(good, tmp_path)]
-    assert len(cases) == 16
+    assert len(cases) == 17
 
     def load_all():
         return max(most_bytes(torch.device("cpu"), lambda case=case: unchanged_by(*case))
@@ -857,6 +862,38 @@ def save_meanwhile(path):
 def test_an_asynchronous_save_has_the_values_of_its_moment(tmp_path):
     for found in toy.ranks(save_meanwhile, 2, str(tmp_path)):
         assert found == (f"{tmp_path}/checkpoint-000003", f"{tmp_path}/checkpoint-000002")
+
+
+class Raises:
+    def state_dict(self):
+        raise TypeError("on purpose")
+
+
+def save_with_problems(path):
+    model, optimizer = build(3)
+    first = dist.get_rank() == 0
+    with pytest.raises(TypeError if first else ValueError, match="on purpose"):
+        zero_ref.save(path, model, optimizer, x=Raises())
+    with model.full_params():
+        for call in (zero_ref.save, zero_ref.load):
+            with pytest.raises(ValueError, match="outside of it"):
+                call(path, model, optimizer)
+    with pytest.raises(ValueError, match="None is no optimizer"):
+        zero_ref.save(path, model, None)
+    other, its_optimizer = build(1)  # as large, and into the same folder
+    with torch.no_grad():
+        for p in other.parameters():
+            p.fill_(2)
+    zero_ref.save(path, model, optimizer, asynchronous=True, whose="model")
+    zero_ref.save(path, other, its_optimizer, asynchronous=True, whose="other")
+    assert zero_ref.load(path, model, optimizer) == {"whose": "other"}
+    assert zero_ref.load(f"{path}/checkpoint-000001", other, its_optimizer) == {"whose": "model"}
+    assert not (other.state_dict()["token.weight"] == 2).all()
+
+
+def test_problems_of_one_rank_and_two_models_in_one_folder(tmp_path):
+    toy.ranks(save_with_problems, 2, str(tmp_path))
+    assert len(folder.committed(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, True])

@@ -13,7 +13,7 @@ from ..engine.shell import Shell
 from . import contents, folder
 from .folder import Damaged
 from .pack import dtype_of, unpack
-from .saving import agree, listed
+from .saving import agree, finish_all, listed, refuse_full_params
 from .shards import Shards, check_header
 
 
@@ -32,11 +32,14 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     Raises ValueError on every rank, and changes nothing, if there is no checkpoint, or if it is
     damaged, or if it is another model's.
     """
-    group, optimizers = model.group, listed(optimizer)
+    group = model.group
     checkpoint, problem = None, None
     try:
+        finish_all()
+        optimizers = listed(optimizer)
+        refuse_full_params(model)
         checkpoint = folder.newest(Path(path)).resolve() if model.rank == 0 else None
-    except (ValueError, OSError) as error:
+    except Exception as error:
         problem = error
     checkpoint = Path(agree(group, problem, checkpoint and str(checkpoint), "load")[0])
     try:  # a part of the files each, and nobody opens one before all are known to be right
@@ -73,6 +76,7 @@ class Source:
 
     def __init__(self, checkpoint: Path, opened: ExitStack):
         self.checkpoint, self.manifest = checkpoint, folder.manifest_of(checkpoint)
+        self._tensors: dict[int, dict[str, torch.Tensor]] = {}  # by rank, of the rest
         files, tensors = self.manifest["files"], self.manifest.get("tensors")
         try:
             self.parts: dict[str, Shards] = {part: opened.enter_context(Shards(
@@ -106,9 +110,13 @@ class Source:
     def _plain(self, rank):
         from safetensors.torch import load_file
 
-        file = self.checkpoint / f"rest/rank{rank}.safetensors"
-        check_header(file)
-        return load_file(file)
+        name = f"rest/rank{rank}.safetensors"
+        if name not in self.manifest["files"]:  # then nobody has looked at it
+            raise Damaged(f"{self.checkpoint / name} is not in the manifest")
+        if rank not in self._tensors:
+            check_header(self.checkpoint / name)
+            self._tensors[rank] = load_file(self.checkpoint / name)
+        return self._tensors[rank]
 
 
 def _check_model(source, model):

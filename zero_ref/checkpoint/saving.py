@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from .. import comm
 from ..engine.shell import Shell
+from ..ranks.rank import timeout
 from . import contents, folder, shards
 from .pack import pack
 
@@ -51,10 +53,13 @@ class Saving:
             self._path = self._write()
         except Exception as error:
             self._error = error
+            if threading.current_thread() is self._thread:  # a script may end and never ask
+                print(f"zero_ref.save: no checkpoint was committed: {said(error)}",
+                      file=sys.stderr, flush=True)
         del self._write  # and with it the copies
 
 
-_latest: Any = weakref.WeakKeyDictionary()  # by model: its latest Saving
+_unfinished: list[Saving] = []  # of this process: in a folder, one is written at a time
 _groups: Any = weakref.WeakKeyDictionary()  # by model: for what is agreed on meanwhile
 
 
@@ -68,20 +73,21 @@ def save(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
 
     keep: how many checkpoints stay in the folder, the newest ones; default: all.
     asynchronous: return when the shard has been copied to host memory, and write it while training
-        goes on. An error is raised by `wait()` of what is returned, or by the next save.
+        goes on. An error is raised by `wait()` of what is returned, or by the next save or load.
+        Wait for the last one before the process group is destroyed.
     extra: what else belongs to it, of rank 0: numbers, strings, tensors, lists, tuples and dicts of
         these, and objects with a state_dict(), such as a scheduler.
 
     Raises ValueError for what cannot be saved, and OSError if it cannot be written: on every rank,
     and the earlier checkpoints stay as they are.
     """
-    if model in _latest:
-        _latest[model].finish()
     group = model.group
-    path, optimizers = Path(path), listed(optimizer)
     pieces: dict[str, list[contents.Piece]] = {}
     rest, tensors, aside, problem = {}, {}, None, None
     try:
+        finish_all()
+        path, optimizers = Path(path), listed(optimizer)
+        refuse_full_params(model)
         if keep is not None and (type(keep) is not int or keep < 1):
             raise ValueError(f"keep={keep!r}: must be a number of checkpoints, 1 or more, or None")
         model._look_at_module()
@@ -97,7 +103,7 @@ def save(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
             aside = folder.begin(path)
             for part in (*pieces, "rest"):
                 (aside / part).mkdir()
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever it is, the other ranks are not to wait
         problem = error
     try:
         name = agree(group, problem, aside and aside.name)[0]
@@ -110,12 +116,29 @@ def save(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     def write() -> Path:
         return _write(path / name, pieces, rest, tensors, keep, model.rank, apart)
 
-    _latest[model] = Saving(write, asynchronous)
-    return _latest[model]
+    saving = Saving(write, asynchronous)
+    if asynchronous:
+        _unfinished.append(saving)
+    return saving
+
+
+def finish_all() -> None:
+    """Wait for what this process is writing, and raise its error."""
+    while _unfinished:
+        _unfinished.pop(0).finish()
 
 
 def listed(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [None])
+    if not all(isinstance(one, Optimizer) for one in optimizers):
+        raise ValueError(f"{optimizer!r} is no optimizer, and no list of them")
+    return optimizers
+
+
+def refuse_full_params(model: Shell) -> None:
+    if model._in_full_params:
+        raise ValueError("inside model.full_params() what is written is not in the shards yet: "
+                         "save and load outside of it")
 
 
 def agree(group: dist.ProcessGroup, problem: Exception | None, value: object = None,
@@ -125,7 +148,7 @@ def agree(group: dist.ProcessGroup, problem: Exception | None, value: object = N
     text = said(problem) if problem is not None else None
     found = comm.all_gather_object([text, kind, value], group, phase=phase)
     if problem is not None:
-        raise {"OSError": OSError, "ValueError": ValueError}[kind](text)
+        raise problem
     for rank, (text, kind, _) in enumerate(found):
         if text is not None:
             raise {"OSError": OSError, "ValueError": ValueError}[kind](f"rank {rank}: {text}")
@@ -151,7 +174,8 @@ def _rest(model, optimizers, extra):
 
 def _write(aside, pieces, rest, tensors, keep, rank, group):
     """Called on every rank, in a thread of its own perhaps."""
-    files, problem = {}, None
+    files: dict[str, Any] = {}
+    problem: Exception | None = None
     try:
         if not aside.is_dir():
             raise OSError(f"rank {rank} does not find {aside}, which rank 0 has made: save needs a "
@@ -169,12 +193,12 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
         everyones = agree(group, problem, files)
         problem = None
         if rank == 0:
-            manifest = {"world_size": len(everyones), "files": {
-                name: facts for of_rank in everyones for name, facts in of_rank.items()},
-                "tensors": {part: shards.listed(of_part) for part, of_part in pieces.items()}}
             try:
+                manifest = {"world_size": len(everyones), "files": {
+                    name: facts for of_rank in everyones for name, facts in of_rank.items()},
+                    "tensors": {part: shards.listed(of_part) for part, of_part in pieces.items()}}
                 final = folder.commit(aside, manifest, keep)
-            except OSError as error:
+            except Exception as error:
                 problem = error
         return Path(agree(group, problem, final and str(final))[0])
     except BaseException:
@@ -187,5 +211,6 @@ def _group_of(model):
     """What is agreed on while training goes on may not come between training's messages."""
     if model not in _groups:
         ranks = dist.get_process_group_ranks(model.group)
-        _groups[model] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _groups[model] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True,
+                                        timeout=timeout())
     return _groups[model]

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +45,14 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
     first, done = 0, 0
     if checkpoint_dir and comm.all_gather_object(bool(committed(checkpoint_dir)), model.group,
                                                  phase="load")[0]:
-        first = done = load(checkpoint_dir, model, opt)["step"]
+        first = done = load(checkpoint_dir, model, opt).get("step", 0)
     if first >= steps:
         raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give more "
                          f"--steps than {steps}, or another --checkpoint-dir")
 
     times, stopped = [], False
-    with progress(steps - first) as show, on_sigterm() as stop:
+    with progress(steps - first) as show, (
+            on_sigterm() if checkpoint_dir else nullcontext()) as stop:
         while done < steps and not stopped:
             batch = task.batch_on(device, done, rank)
             samples = world_size * len(tensors_in(batch)[0])
@@ -66,7 +67,7 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
             show(f"loss {loss_now:.4f}  {samples / times[-1]:,.0f} samples/s  "
                  f"{sum(held.values()) / 1e6:.2f} MB of model states per rank")
             done += 1
-            if checkpoint_dir:
+            if stop is not None and checkpoint_dir:
                 stopped = stop.agreed(model.group)
                 if stopped or done == steps or done % checkpoint_every == 0:
                     save(checkpoint_dir, model, opt, keep=KEPT, step=done)

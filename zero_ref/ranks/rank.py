@@ -36,9 +36,13 @@ def join(backend: str, local_rank: int, **rendezvous: Any) -> torch.device:
     if "nccl" in backend:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=float(os.environ.get("ZERO_REF_TIMEOUT", 600)))
-    dist.init_process_group(backend, timeout=timeout, **rendezvous)
+    dist.init_process_group(backend, timeout=timeout(), **rendezvous)
     return device
+
+
+def timeout() -> timedelta:
+    """After how long a collective gives up."""
+    return timedelta(seconds=float(os.environ.get("ZERO_REF_TIMEOUT", 600)))
 
 
 def main(rank: int, world_size: int, backend: str, meeting: str, jobs: Connection,

@@ -36,14 +36,16 @@ def on_sigterm() -> Iterator[Stop]:
     stop, over, main = Stop(), threading.Event(), threading.get_ident()
     wake, written = os.pipe()
     os.set_blocking(written, False)
-    inside.append(stop)
 
     def asked(*_):
-        stop.asked = True
+        for each in inside:
+            each.asked = True
 
     def watch():
         """The handler waits for the main thread, and this thread does not."""
-        os.read(wake, 1)
+        while os.read(wake, 1)[0] not in (signal.SIGTERM, 0):  # other signals come by here, too
+            pass
+        os.close(wake)
         if not over.wait(STUCK):
             frames = traceback.walk_stack(sys._current_frames()[main])
             stack = traceback.StackSummary.extract(frames)
@@ -52,8 +54,9 @@ def on_sigterm() -> Iterator[Stop]:
             print(f"rank {dist.get_rank()} was asked to stop {STUCK} s ago and is still at\n" +
                   errors.formatted(traceback.StackSummary(theirs)), file=sys.stderr, flush=True)
 
+    handler = signal.signal(signal.SIGTERM, asked)  # refused in other threads than the main one
+    inside.append(stop)
     threading.Thread(target=watch, daemon=True).start()
-    handler = signal.signal(signal.SIGTERM, asked)
     descriptor = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     try:
         yield stop
@@ -62,6 +65,7 @@ def on_sigterm() -> Iterator[Stop]:
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, handler)
         os.write(written, b"\0")
+        os.close(written)
         inside.remove(stop)
 
 
