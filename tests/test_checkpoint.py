@@ -936,7 +936,9 @@ def test_a_run_goes_on_with_fewer_ranks_and_with_more(tmp_path, capsys):
         assert main([*options, "--stage", str(stage), "--world-size", str(world_size), "--steps",
                      str(steps)]) == 0
     assert "8 steps from step 6 on" in capsys.readouterr().out
-    assert main([*options, "--stage", "1", "--steps", "8"]) == 2
+    assert main([*options, "--stage", "1", "--steps", "8", "--world-size", "2"]) == 0
+    assert "8 steps from step 8 on" in capsys.readouterr().out  # nothing was left to do
+    assert main([*options, "--stage", "1", "--steps", "7"]) == 2
     assert "has a checkpoint of step 8 already" in capsys.readouterr().err
 
 

@@ -46,9 +46,9 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
     if checkpoint_dir and comm.all_gather_object(bool(committed(checkpoint_dir)), model.group,
                                                  phase="load")[0]:
         first = done = load(checkpoint_dir, model, opt).get("step", 0)
-    if first >= steps:
-        raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give more "
-                         f"--steps than {steps}, or another --checkpoint-dir")
+    if first > steps:
+        raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give at least "
+                         "as many --steps, or another --checkpoint-dir")
 
     times, stopped = [], False
     with progress(steps - first) as show, (
@@ -71,6 +71,11 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
                 stopped = stop.agreed(model.group)
                 if stopped or done == steps or done % checkpoint_every == 0:
                     save(checkpoint_dir, model, opt, keep=KEPT, step=done)
+    if not times:  # it had been done, and died after its last save
+        batch = task.batch_on(device, steps - 1, rank)
+        samples, held = world_size * len(tensors_in(batch)[0]), memory.resident(model, opt)
+        with torch.no_grad():
+            loss_now = task.loss(model, batch).item()
     losses = comm.all_gather_object(loss_now, model.group, phase="report")
     return {
         "task": task.name, "stage": stage, "world_size": world_size, "steps": done,
@@ -80,7 +85,7 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
         "metric": task.metric if task.evaluate and not stopped else None,
         # Who was asked to stop has no time for more.
         "held_out": task.evaluate(model, device) if task.evaluate and not stopped else mean,
-        "samples_per_second": samples / sorted(times)[len(times) // 2],
+        "samples_per_second": samples / sorted(times)[len(times) // 2] if times else 0.0,
         "resident_bytes": held,
     }
 
