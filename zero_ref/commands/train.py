@@ -47,8 +47,8 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
                                                  phase="load")[0]:
         first = done = load(checkpoint_dir, model, opt).get("step", 0)
     if first > steps:
-        raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give at least "
-                         "as many --steps, or another --checkpoint-dir")
+        raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give at "
+                         "least as many --steps, or another --checkpoint-dir")
 
     times, stopped = [], False
     with progress(steps - first) as show, (
