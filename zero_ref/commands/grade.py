@@ -51,8 +51,8 @@ def print_report(rows: Sequence[Row]) -> None:
             break
     if needed + BESIDE <= console.width and len(tables) == 1:
         tables = [_table(rows, headings, said=True)]
-    else:
-        tables.append(_table(rows, [], said=True))
+    elif wrong := [row for row in rows if grade.wrong_first(row)]:
+        tables.append(_table(wrong, [], said=True))
     print("Points in each notebook, and in all")
     for table in tables:
         console.print(table)
