@@ -178,8 +178,7 @@ def _issue(op: str, flats: Tensors, group: Group, unit: str, phase: str, steps: 
 def _begin(op: str, flats: Tensors, group: Group, unit: str, phase: str) -> trace.Event | None:
     numel, nbytes = sum(flat.numel() for flat in flats), sum(flat.nbytes for flat in flats)
     dtype = flats[0].dtype
-    own_size = op == "all_gather_object"  # each rank's text has a length of its own
-    check.compare(group, op, unit, phase, None if own_size else numel, dtype)
+    check.compare(group, op, unit, phase, numel, dtype)
     rank, n = dist.get_rank(group), dist.get_world_size(group)
     wire_bytes = {
         "broadcast": (n - 1) * nbytes if rank == 0 else 0,

@@ -65,8 +65,8 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
 
 
 def _as_damaged(checkpoint, error):
-    """Whatever files from strangers make of the readers."""
-    if isinstance(error, ValueError | OSError):
+    """Whatever files from strangers make of the readers; our own sentences name the place."""
+    if str(checkpoint) in str(error):
         return error
     return Damaged(f"{checkpoint} is no checkpoint: {type(error).__name__}: {error}")
 
@@ -104,8 +104,12 @@ class Source:
         return found
 
     def _rest_of(self, rank):
-        with folder.open_plain(self.checkpoint / f"rest/rank{rank}.json", self.checkpoint) as file:
-            return folder.from_json(file.read())
+        path = self.checkpoint / f"rest/rank{rank}.json"
+        with folder.open_plain(path, self.checkpoint) as file:
+            try:
+                return folder.from_json(file.read())
+            except (ValueError, RecursionError) as error:
+                raise Damaged(f"{path} is no JSON of a checkpoint: {error}") from None
 
     def _plain(self, rank):
         from safetensors.torch import load_file

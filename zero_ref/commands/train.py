@@ -67,7 +67,7 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
             show(f"loss {loss_now:.4f}  {samples / times[-1]:,.0f} samples/s  "
                  f"{sum(held.values()) / 1e6:.2f} MB of model states per rank")
             done += 1
-            if stop is not None and checkpoint_dir:
+            if checkpoint_dir and stop:
                 stopped = stop.agreed(model.group)
                 if stopped or done == steps or done % checkpoint_every == 0:
                     save(checkpoint_dir, model, opt, keep=KEPT, step=done)

@@ -85,9 +85,10 @@ def comparing(group: dist.ProcessGroup, checker: Checker) -> Iterator[None]:
         del _checkers[group.group_name]
 
 
-def compare(group: dist.ProcessGroup, op: str, unit: str, phase: str,
-            numel: int | None, dtype: torch.dtype) -> None:
-    """Called by comm.py before each collective. numel: unless ranks may differ in it."""
+def compare(group: dist.ProcessGroup, op: str, unit: str, phase: str, numel: int,
+            dtype: torch.dtype) -> None:
+    """Called by comm.py before each collective."""
     if _checkers and group.group_name in _checkers:
-        size = "" if numel is None else f", {numel:,} elements of {dtype}"
+        # The texts of an all_gather_object may differ in length.
+        size = "" if op == "all_gather_object" else f", {numel:,} elements of {dtype}"
         _checkers[group.group_name].compare(f"{op} {unit!r} in phase {phase!r}{size}")

@@ -28,6 +28,9 @@ class Stop:
         return any(comm.all_gather_object(self.asked, group, phase="stop"))
 
 
+inside: list[Stop] = []  # one for each on_sigterm() that this process is in
+
+
 @contextmanager
 def on_sigterm() -> Iterator[Stop]:
     """Inside, SIGTERM does not end this process: `agreed` says that it has come. Processes that are
@@ -67,9 +70,6 @@ def on_sigterm() -> Iterator[Stop]:
         os.write(written, b"\0")
         os.close(written)
         inside.remove(stop)
-
-
-inside: list[Stop] = []
 
 
 def _obey_the_parent_alone() -> None:
