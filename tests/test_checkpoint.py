@@ -271,6 +271,7 @@ EXTRA = {
     "counter": Counter({2: 1, 4: 1}), "ordered": OrderedDict(b=1, a=2),
     "keys": {(0, "x"): [], None: 1, True: 2.0}, "tensor": torch.arange(6.0).view(2, 3).t(),
     "bits": torch.tensor([True, False]), "scalar": torch.tensor(1, dtype=torch.int16),
+    "windows": [*torch.arange(8.0).unfold(0, 5, 3)],  # which share memory
     "half": [torch.ones(2, dtype=torch.bfloat16)], "complex": torch.ones(1, dtype=torch.complex64),
 }
 
@@ -300,6 +301,44 @@ def test_extra_values_are_equal_in_value_and_type_on_every_rank(tmp_path):
     for extra, scheduler in toy.ranks(extra_comes_back, 2, str(tmp_path)):
         assert same(extra.pop("scheduler"), scheduler)
         assert same(extra, EXTRA)
+
+
+class Counts(nn.Linear):
+    """Has a state that is neither a parameter nor a buffer."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+    def get_extra_state(self):
+        return {"calls": self.calls, "at": (torch.tensor([self.calls]),)}
+
+    def set_extra_state(self, state):
+        self.calls = state["calls"] + state["at"][0].item() - state["calls"]
+
+
+def extra_state_comes_back(path):
+    def build_counting():
+        model = zero_ref.wrap(nn.Sequential(Counts(3, 4), nn.Linear(4, 2)), 3)
+        return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    model, optimizer = build_counting()
+    for _ in range(3):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    zero_ref.save(path, model, optimizer)
+    other, its_optimizer = build_counting()
+    zero_ref.load(path, other, its_optimizer)
+    bare = zero_ref.wrap(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 3)
+    with pytest.raises(ValueError, match=r"the checkpoint has '0\._extra_state', and the"):
+        zero_ref.load(path, bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+    return other.module[0].calls
+
+
+def test_the_extra_state_of_a_module_comes_back(tmp_path):
+    assert toy.ranks(extra_state_comes_back, 2, str(tmp_path)) == [3, 3]
 
 
 def test_not_a_number_comes_back():
@@ -433,6 +472,10 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path, capsys):
         assert main([*map(str, command)]) == 2
     said = capsys.readouterr().err
     assert "there is no such folder" in said and "no checkpoint was committed there" in said
+    toy.ranks(save_trained, 2, str(tmp_path / "a"), 1)
+    shard = tmp_path / "a/checkpoint-000001/model/rank0-0.safetensors"
+    assert main(["import", str(shard), str(tmp_path / "c")]) == 2
+    assert "has one rank's part of the tensors of a checkpoint" in capsys.readouterr().err
     assert said.count("is no safetensors file") == 2 and not (tmp_path / "c").exists()
 
 
@@ -906,6 +949,30 @@ def test_keep_is_a_number_of_checkpoints(tmp_path, keep):
 
     toy.ranks(save, 1)
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_directory_in_the_place_of_latest_is_said_before_anything_is_written(tmp_path):
+    (tmp_path / "latest").mkdir()
+
+    def save():
+        model, optimizer = build(2)
+        with pytest.raises(ValueError, match="latest is a directory"):
+            zero_ref.save(tmp_path, model, optimizer)
+
+    toy.ranks(save, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def test_a_tensor_among_the_options_of_a_group_comes_back(tmp_path):
+    def save_and_load():
+        model, _ = build(1)
+        optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.5))
+        zero_ref.save(tmp_path, model, optimizer)
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.25)
+        zero_ref.load(tmp_path, model, optimizer)
+        return optimizer.param_groups[0]["lr"]
+
+    assert all(torch.equal(lr, torch.tensor(0.5)) for lr in toy.ranks(save_and_load, 2))
 
 
 def test_an_optimizer_of_something_else_is_refused(tmp_path):

@@ -67,6 +67,13 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
             if buffer is not None and key not in m._non_persistent_buffers_set}
 
 
+def with_extra_state(module: nn.Module) -> dict[str, nn.Module]:
+    """The modules that define get_extra_state(), by the name that it has in a state dict."""
+    return {f"{path}._extra_state" if path else "_extra_state": m
+            for path, m in module.named_modules()
+            if type(m).get_extra_state is not nn.Module.get_extra_state}
+
+
 def whole(name: str, value: Tensor) -> Piece:
     return Piece(name, tuple(value.shape), 0, writable(value, name).reshape(-1))
 
@@ -137,8 +144,10 @@ def generators(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def check_generators(found: dict[str, Any]) -> None:
+def check_generators(found: dict[str, Any], device: torch.device) -> None:
     """Raise something unless these are states of generators."""
+    if "cuda" in found and device.type == "cuda":
+        torch.Generator(device).set_state(found["cuda"])
     torch.Generator().set_state(found["torch"])
     random.Random().setstate(found["python"])
     numpy.random.RandomState().set_state(found["numpy"])

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from . import folder
 from .loading import Source
 from .pack import DTYPES
-from .shards import check_header
+from .shards import HEADER, check_header
 
 _AT_A_TIME = 1 << 24  # elements
 
@@ -62,6 +62,9 @@ def import_(files: list[Path], path: Path) -> Path:
         try:
             check_header(file)
             with safe_open(file, "pt") as opened:
+                if HEADER in (opened.metadata() or {}):
+                    raise ValueError(f"{file} has one rank's part of the tensors of a checkpoint, "
+                                     "which can be loaded as it is, or made one file by export")
                 for name in opened.keys():
                     if name in tensors:
                         raise ValueError(f"{name!r} is in {file}, and in another file, too")

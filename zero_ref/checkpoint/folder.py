@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 MANIFEST, LATEST, FORMAT = "manifest.json", "latest", 1
-_LARGEST_MANIFEST = 1 << 28  # bytes
+_LARGEST_JSON = 1 << 28  # bytes
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _FILE = re.compile(r"(model|optimizer-\d+|rest)/rank\d+(-\d+)?\.(safetensors|json)")
 
@@ -37,6 +37,9 @@ def begin(path: Path) -> Path:
     if (path / MANIFEST).exists():
         raise ValueError(f"{path} is a checkpoint itself: name the folder around it, in which save "
                          "commits the next one")
+    if (path / LATEST).is_dir():
+        raise ValueError(f"{path / LATEST} is a directory: the name of the newest checkpoint is to "
+                         "be written there")
     path.mkdir(parents=True, exist_ok=True)
     for left in (*path.glob(".writing-*"), *path.glob(".removed-*")):
         shutil.rmtree(left, ignore_errors=True)
@@ -76,14 +79,18 @@ def commit(aside: Path, manifest: dict[str, Any], keep: int | None) -> Path:
     path = aside.parent
     final = path / aside.name.replace(".writing", "checkpoint")
     aside.rename(final)
-    sync(path)
-    to_disk(path / f".{LATEST}", f"{final.name}\n".encode())
-    (path / f".{LATEST}").replace(path / LATEST)
-    sync(path)
-    for old in committed(path)[: -keep] if keep else ():
-        removed = path / old.name.replace("checkpoint", ".removed")
-        old.rename(removed)  # at no time is it half a checkpoint
-        shutil.rmtree(removed, ignore_errors=True)
+    try:
+        sync(path)
+        to_disk(path / f".{LATEST}", f"{final.name}\n".encode())
+        (path / f".{LATEST}").replace(path / LATEST)
+        sync(path)
+        for old in committed(path)[: -keep] if keep else ():
+            removed = path / old.name.replace("checkpoint", ".removed")
+            old.rename(removed)  # at no time is it half a checkpoint
+            shutil.rmtree(removed, ignore_errors=True)
+    except OSError as error:
+        raise OSError(f"{final} was committed and is the newest one; but after that: {error}"
+                      ) from None
     return final
 
 
@@ -112,15 +119,13 @@ def manifest_of(checkpoint: Path) -> dict[str, Any]:
     """What is to be in it. Raises Damaged."""
     file = checkpoint / MANIFEST
     try:
-        with open_plain(file, checkpoint) as opened:
-            content = opened.read(_LARGEST_MANIFEST + 1)
-    except OSError as error:
-        raise Damaged(f"{file}: {error.strerror}") from None
-    try:
-        found = from_json(content)
+        found = read_json(file, checkpoint)
         names = found["files"]
         assert found["format"] == FORMAT and isinstance(names, dict)
-        assert len(content) <= _LARGEST_MANIFEST
+    except OSError as error:
+        raise Damaged(f"{file}: {error.strerror}") from None
+    except Damaged:
+        raise
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError) as error:
         raise Damaged(f"{file} is no manifest of a checkpoint: {error or 'its form is another'}"
                       ) from None
@@ -161,6 +166,15 @@ def open_plain(file: Path, checkpoint: Path):
         opened.close()
         raise Damaged(f"{file} is no ordinary file")
     return opened
+
+
+def read_json(file: Path, checkpoint: Path) -> Any:
+    """Raises ValueError for what is none, or too large."""
+    with open_plain(file, checkpoint) as opened:
+        content = opened.read(_LARGEST_JSON + 1)
+    if len(content) > _LARGEST_JSON:
+        raise ValueError(f"it has more than {_LARGEST_JSON:,} bytes")
+    return from_json(content)
 
 
 def from_json(content: bytes) -> Any:

@@ -50,13 +50,16 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     with ExitStack() as opened, torch.no_grad():
         try:
             source = Source(checkpoint, opened)
-            _check_model(source, model)
+            extra_states = _check_model(source, model)
             states = _check_optimizers(source, model, optimizers)
-            extra, generators = source.extra(), source.generators(model.rank)
+            extra, generators = source.extra(), source.generators(model)
         except Exception as error:
             problem = _as_damaged(checkpoint, error)
         agree(group, problem, phase="load")
         _fill_model(source, model)
+        for name, m in contents.with_extra_state(model.module).items():
+            if name in extra_states:
+                m.set_extra_state(extra_states[name])
         for index, (one, (options, values)) in enumerate(zip(optimizers, states)):
             _fill_optimizer(source, index, model, one, options, values)
         if generators is not None:
@@ -93,23 +96,23 @@ class Source:
     def unpacked(self, packed: Any, rank: int = 0) -> Any:
         return unpack(packed, lambda key: self._plain(rank)[key])
 
-    def generators(self, rank: int) -> dict[str, Any] | None:
-        if f"rest/rank{rank}.json" not in self.manifest["files"]:
+    def generators(self, model: Shell) -> dict[str, Any] | None:
+        """Those of the rank that had this one's number."""
+        if f"rest/rank{model.rank}.json" not in self.manifest["files"]:
             return None
-        packed = self._rest_of(rank).get("generators")
+        packed = self._rest_of(model.rank).get("generators")
         if packed is None:
             return None
-        found = self.unpacked(packed, rank)
-        contents.check_generators(found)
+        found = self.unpacked(packed, model.rank)
+        contents.check_generators(found, model.units[0].master.device)
         return found
 
     def _rest_of(self, rank):
         path = self.checkpoint / f"rest/rank{rank}.json"
-        with folder.open_plain(path, self.checkpoint) as file:
-            try:
-                return folder.from_json(file.read())
-            except (ValueError, RecursionError) as error:
-                raise Damaged(f"{path} is no JSON of a checkpoint: {error}") from None
+        try:
+            return folder.read_json(path, self.checkpoint)
+        except (ValueError, RecursionError) as error:
+            raise Damaged(f"{path} is no JSON of a checkpoint: {error}") from None
 
     def _plain(self, rank):
         from safetensors.torch import load_file
@@ -124,6 +127,7 @@ class Source:
 
 
 def _check_model(source, model):
+    """Returns what the modules' set_extra_state() is to be given."""
     where, saved = source.checkpoint, source.parts["model"].listed
     wanted = {name: [dtype_of(buffer), list(buffer.shape)]
               for name, buffer in contents.buffers(model.module).items()}
@@ -131,14 +135,20 @@ def _check_model(source, model):
         # Others save a tied parameter under one of its names.
         names = [name for name in one.names if name in saved] or one.names[:1]
         wanted |= {key: [dtype_of(one.p), list(one.shape)] for key in names}
-    for name in sorted(saved.keys() ^ wanted.keys()):
-        has, lacks = ("checkpoint", "model") if name in saved else ("model", "checkpoint")
+    has_extra = contents.with_extra_state(model.module).keys()
+    extra_states = source.rest.get("extra_states", {})
+    if source.optimizers is None:  # it was imported
+        has_extra = set()
+    for name in sorted((saved.keys() | extra_states.keys()) ^ (wanted.keys() | has_extra)):
+        has, lacks = (("model", "checkpoint") if name in wanted.keys() | has_extra else
+                      ("checkpoint", "model"))
         raise ValueError(f"{where}: the {has} has {name!r}, and the {lacks} does not: this is a "
                          "checkpoint of another model")
     for name, (dtype, shape) in wanted.items():
         if saved[name] != [dtype, shape]:
             raise ValueError(f"{where}: {name!r} is {tuple(saved[name][1])} {saved[name][0]} in "
                              f"the checkpoint, and {tuple(shape)} {dtype} in the model")
+    return {name: source.unpacked(value) for name, value in extra_states.items()}
 
 
 def _check_optimizers(source, model, optimizers):
@@ -199,7 +209,9 @@ def _fill_model(source, model):
 def _fill_optimizer(source, index, model, optimizer, options, values):
     saved, tensors = source.optimizers[index], source.parts[f"optimizer-{index}"]
     for group, of_group in zip(optimizer.param_groups, options):
-        group.update(of_group)
+        group.update({key: value.to(group[key].device) if isinstance(group.get(key), torch.Tensor)
+                      and isinstance(value, torch.Tensor) else value
+                      for key, value in of_group.items()})
     on_device = {id(p): group.get("capturable") or group.get("fused")
                  for group in optimizer.param_groups for p in group["params"]}
     for one in contents.owned(model):

@@ -54,7 +54,7 @@ class Saving:
         except Exception as error:
             self._error = error
             if threading.current_thread() is self._thread:  # a script may end and never ask
-                print(f"zero_ref.save: no checkpoint was committed: {said(error)}",
+                print(f"zero_ref.save failed: {said(error)}",
                       file=sys.stderr, flush=True)
         del self._write  # and with it the copies
 
@@ -169,6 +169,8 @@ def _rest(model, optimizers, extra):
     if model.rank == 0:
         rest["extra"] = {name: pack(value, name, tensors) for name, value in extra.items()}
         rest["optimizers"] = [contents.described(model, one, tensors) for one in optimizers]
+        rest["extra_states"] = {name: pack(m.get_extra_state(), name, tensors)
+                                for name, m in contents.with_extra_state(model.module).items()}
     return rest, tensors
 
 

@@ -24,7 +24,7 @@ from .contents import Piece
 from .folder import Damaged
 from .pack import DTYPES, dtype_of
 
-_HEADER = "DCP_SHARDING_INFO"
+HEADER = "DCP_SHARDING_INFO"
 _LARGEST_HEADER = 1 << 25  # bytes: some 200,000 tensors
 
 
@@ -51,20 +51,20 @@ def write(directory: Path, pieces: Sequence[Piece], rank: int) -> list[Path]:
         written.append(directory / f"rank{rank}-{number}.safetensors")
         where = {name: {"saved_offsets": box.offsets} for name, (box, _) in content.items()}
         _save({name: values for name, (_, values) in content.items()}, written[-1],
-              {_HEADER: json.dumps(where)})
+              {HEADER: json.dumps(where)})
     return written
 
 
 def write_plain(file: Path, tensors: dict[str, Tensor]) -> Path:
     """Whole tensors, which are on disk then."""
-    _save(tensors, file, {})
+    _save(tensors, file, {}, lambda values: values.untyped_storage().data_ptr())
     return file
 
 
-def _save(tensors, file, header):
+def _save(tensors, file, header, place_of=Tensor.data_ptr):
     seen, own = set(), {}
-    for name, values in tensors.items():  # safetensors refuses what is there twice
-        place = values.data_ptr()
+    for name, values in tensors.items():  # safetensors refuses what shares memory
+        place = place_of(values)
         own[name] = values.clone() if place in seen else values
         seen.add(place)
     try:
@@ -125,7 +125,7 @@ class Shards:
         check_header(path)
         try:
             file = self._opened.enter_context(safe_open(path, "pt"))
-            offsets = folder.from_json((file.metadata() or {}).get(_HEADER, "{}").encode())
+            offsets = folder.from_json((file.metadata() or {}).get(HEADER, "{}").encode())
             for name in file.keys():
                 if name not in self.listed:
                     raise Damaged(f"{path}: {name!r} is there, and the manifest does not list it")
