@@ -135,10 +135,9 @@ def _check_model(source, model):
         # Others save a tied parameter under one of its names.
         names = [name for name in one.names if name in saved] or one.names[:1]
         wanted |= {key: [dtype_of(one.p), list(one.shape)] for key in names}
-    has_extra = contents.with_extra_state(model.module).keys()
     extra_states = source.rest.get("extra_states", {})
-    if source.optimizers is None:  # it was imported
-        has_extra = set()
+    imported = source.optimizers is None  # then a module's extra state stays
+    has_extra = set() if imported else contents.with_extra_state(model.module).keys()
     for name in sorted((saved.keys() | extra_states.keys()) ^ (wanted.keys() | has_extra)):
         has, lacks = (("model", "checkpoint") if name in wanted.keys() | has_extra else
                       ("checkpoint", "model"))
