@@ -46,7 +46,8 @@ test: .venv/.installed-test
 	$(BIN)/mypy
 	$(BIN)/pytest $(TWO_AT_A_TIME) -m "not alone" $(ARGS)
 	$(BIN)/pytest -m alone $(ARGS)
-	$(BIN)/pytest $(TWO_AT_A_TIME) --nbval notebooks/
+	JUPYTER_DEFAULT_PROVISIONER_NAME=forked-with-torch \
+	    $(BIN)/pytest $(TWO_AT_A_TIME) --nbval notebooks/
 
 soak: .venv/.installed-test
 	$(BIN)/python tests/soak_labs.py --table docs/soak.md $(ARGS)

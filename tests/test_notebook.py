@@ -63,6 +63,13 @@ def test_a_cell_runs_on_every_rank_and_its_names_stay(kernel):
     assert kernel.run("%%ranks 3\nx * 2;") == ("", None)
 
 
+def test_ranks_start_where_all_names_were_deleted():
+    """%reset takes away __main__.__spec__, too."""
+    with Kernel() as kernel:
+        kernel.run("%reset -f")
+        assert kernel.pids(1)
+
+
 def test_values_are_fetched_from_ranks(kernel):
     kernel.run("%%ranks 2\nmine = rank * 10\nx = 0")
     kernel.run("from zero_ref.ranks.notebook import fetch")

@@ -153,6 +153,8 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
     from nbclient.exceptions import DeadKernelError
     from nbformat.v4 import new_code_cell, new_notebook
 
+    from .kernels import ForkedKernel
+
     answers: Answers = defaultdict(list)
     limit = math.ceil(seconds / 4)
     client = NotebookClient(new_notebook(), kernel_name="python3", allow_errors=True,
@@ -181,7 +183,8 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
             error = error or missing
         return error
 
-    client.create_kernel_manager()
+    manager = client.create_kernel_manager()
+    manager.provisioner = ForkedKernel(kernel_spec=manager.kernel_spec, parent=manager)
     failed: dict[str, str] = {}
     with client.setup_kernel(cwd=str(folder)):
         execute(f"{this}.begin()")

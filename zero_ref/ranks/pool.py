@@ -17,7 +17,7 @@ import time
 import types
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from . import rank as rank_side
@@ -36,34 +36,21 @@ class Pool:
         self.backend = backend
         # Where the ranks find each other: nobody but this user can open it.
         self.meeting = tempfile.TemporaryDirectory(prefix="zero_ref-")
-        context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
-        if os.name == "posix":
-            # The first optimizer of a process imports torch._dynamo, in more than a second: once
-            # here, instead of in every rank.
-            context.set_forkserver_preload(["zero_ref", "torch._dynamo"])
         self.ranks: list[multiprocessing.process.BaseProcess] = []
         self.jobs: list[Connection] = []  # by rank: what is to be run, and what came of it
         self.controls: list[Connection] = []  # by rank: where it is
         self.unfinished = set(range(world_size))
         try:
-            self._start(context, world_size)
+            self._start(world_size)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, context, world_size):
-        if os.name == "posix":
-            multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
-            with _no_interrupt():
-                multiprocessing.forkserver.ensure_running()
+    def _start(self, world_size):
         for rank in range(world_size):
-            (job, job_there), (control, control_there) = context.Pipe(), context.Pipe()
+            (job, job_there), (control, control_there) = Pipe(), Pipe()
             place = (rank, world_size, self.backend, self.meeting.name)
-            process = context.Process(target=rank_side.main, name=f"rank {rank}",
-                                      args=(*place, job_there, control_there))
-            self.ranks.append(process)
-            with _nameless_main():
-                process.start()
+            start(rank_side.main, (*place, job_there, control_there), f"rank {rank}", self.ranks)
             job_there.close()
             control_there.close()
             self.jobs.append(job)
@@ -171,6 +158,25 @@ class Pool:
             place = "  (no answer)" if frames is None else "  (between two calls)"
             text.append(f"rank {rank} was still at\n{formatted(frames) if frames else place}")
         return text
+
+
+def start(target: Callable, args: tuple, name: str,
+          among: list | None = None) -> multiprocessing.process.BaseProcess:
+    """Fork a process, from a server where it is possible. among: takes it before it starts."""
+    context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+    if os.name == "posix":
+        # The first optimizer of a process imports torch._dynamo, in more than a second: once here,
+        # instead of in every rank.
+        context.set_forkserver_preload(["zero_ref", "torch._dynamo"])
+        multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
+        with _no_interrupt(), _nameless_main():
+            multiprocessing.forkserver.ensure_running()
+    process = context.Process(target=target, args=args, name=name)
+    if among is not None:
+        among.append(process)
+    with _nameless_main():
+        process.start()
+    return process
 
 
 def _end_group(process):

@@ -1,0 +1,73 @@
+"""Kernels that are forked from the server that forks ranks, which has imported torch already.
+
+A kernel that starts as a program of its own imports torch, and the fork server of the ranks that it
+launches does so again, which takes longer than what most notebooks do. Grading uses it, and tests:
+
+    JUPYTER_DEFAULT_PROVISIONER_NAME=forked-with-torch pytest --nbval notebooks/
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from typing import Any
+
+from jupyter_client.provisioning import LocalProvisioner
+
+from ..ranks import pool
+
+
+class ForkedKernel(LocalProvisioner):
+    """Starts kernels for a jupyter_client.KernelManager."""
+
+    process: Any
+
+    async def launch_kernel(self, cmd: list[str], **options: Any) -> Any:
+        self.process = _Process(cmd, options.get("cwd"), options["env"])
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+
+class _Process:
+    """A process of multiprocessing, as the subprocess.Popen that a LocalProvisioner asks."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, command: list[str], folder: str | None, environment: dict[str, str]):
+        arguments = command[command.index("ipykernel_launcher") + 1 :]
+        self.process = pool.start(_run, (arguments, folder, environment), "kernel")
+        self.pid: Any = self.process.pid
+        self.kill, self.terminate = self.process.kill, self.process.terminate
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _run(arguments: Sequence[str], folder: str | None, environment: dict[str, str]) -> None:
+    """Called in the new process: be a kernel."""
+    from ipykernel.kernelapp import launch_new_instance
+
+    os.setpgid(0, 0)  # a signal reaches what a cell has started, too
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the fork server does not want it
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ.pop("JPY_PARENT_PID", None)  # it is not the caller's child
+    if folder:
+        os.chdir(folder)
+    launch_new_instance(list(arguments))
+
+
+def _end_with_the_caller():
+    wait([parent_process().sentinel])  # type: ignore[union-attr]
+    os._exit(1)
