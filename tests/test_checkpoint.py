@@ -7,7 +7,9 @@ import os
 import random
 import re
 import shutil
+import signal
 import stat
+import time
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -25,13 +27,15 @@ from toy import STAGES
 
 import zero_ref
 from zero_ref import viz
-from zero_ref.checkpoint import folder
+from zero_ref.checkpoint import folder, shards
 from zero_ref.checkpoint.boxes import boxes
+from zero_ref.checkpoint.converting import import_
 from zero_ref.checkpoint.pack import pack, unpack
 from zero_ref.commands.cli import main
 from zero_ref.commands.measure import most_bytes
 from zero_ref.observe.kernel import tcp_bytes_sent
 from zero_ref.ranks.launch import processes
+from zero_ref.ranks.stopping import inside
 
 WORLD_SIZES = (1, 2, 3, 4)
 SAMPLES = 12  # of a step, all ranks together: as many at every world size
@@ -303,6 +307,40 @@ def test_extra_values_are_equal_in_value_and_type_on_every_rank(tmp_path):
         assert same(extra, EXTRA)
 
 
+def minimize(model, optimizer, steps):
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    x = torch.randint(0, toy.VOCAB, (2, SAMPLES), generator=generator)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x[0]), x[1])
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+def resume_lbfgs(path):
+    def build_it():
+        model = zero_ref.wrap(toy.build(0, norm=False), 0)
+        return model, torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=3)
+
+    model, optimizer = build_it()
+    minimize(model, optimizer, 2)
+    zero_ref.save(path, model, optimizer)
+    minimize(model, optimizer, 2)
+    other, its_optimizer = build_it()
+    zero_ref.load(path, other, its_optimizer)
+    minimize(other, its_optimizer, 2)
+    return toy.equal(model.state_dict(), other.state_dict())
+
+
+def test_tensors_that_are_no_parameter_s_go_on_with_the_same_bits(tmp_path):
+    """LBFGS takes dot products of them, which are rounded by where a tensor begins."""
+    assert toy.ranks(resume_lbfgs, 2, str(tmp_path)) == [True, True]
+
+
 class Counts(nn.Linear):
     """Has a state that is neither a parameter nor a buffer."""
 
@@ -316,7 +354,14 @@ class Counts(nn.Linear):
         return {"calls": self.calls, "at": (torch.tensor([self.calls]),)}
 
     def set_extra_state(self, state):
-        self.calls = state["calls"] + state["at"][0].item() - state["calls"]
+        self.calls = state["at"][0].item()
+
+
+class Refuses(Counts):
+    def set_extra_state(self, state):
+        super().set_extra_state(state)
+        if state["calls"] == 3:
+            raise RuntimeError("not three")
 
 
 def extra_state_comes_back(path):
@@ -334,6 +379,13 @@ def extra_state_comes_back(path):
     bare = zero_ref.wrap(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), 3)
     with pytest.raises(ValueError, match=r"the checkpoint has '0\._extra_state', and the"):
         zero_ref.load(path, bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match="not three"):
+        refusing = zero_ref.wrap(nn.Sequential(Refuses(3, 4), nn.Linear(4, 2)), 3)
+        before = refusing.state_dict()
+        zero_ref.load(path, refusing, torch.optim.SGD(refusing.parameters(), lr=0.1))
+    assert refusing.module[0].calls == 0
+    assert before.pop("0._extra_state")["calls"] == 0
+    assert toy.equal({name: refusing.state_dict()[name] for name in before}, before)
     return other.module[0].calls
 
 
@@ -359,6 +411,13 @@ def test_other_extra_values_are_refused(tmp_path, value, said):
             zero_ref.save(tmp_path, model, optimizer, x=value)
         with pytest.raises(ValueError, match="x is a Stage1" if dist.get_rank() == 0 else "rank 0"):
             zero_ref.save(tmp_path, model, optimizer, x=model)
+        around = nn.ModuleList([model])
+        with pytest.raises(ValueError, match="x is a ModuleList, whose state_dict"):
+            zero_ref.save(tmp_path, model, optimizer, x=around)
+        train(model, optimizer, [0])
+        states = {"of": optimizer.state_dict()}
+        with pytest.raises(ValueError, match="is a state of an optimizer, of which this rank has"):
+            zero_ref.save(tmp_path, model, optimizer, x=states)
 
     toy.ranks(save, 2)
     assert not [*tmp_path.iterdir()]
@@ -638,10 +697,40 @@ def of_other_content(good, tmp_path):
         safetensors.torch.save_file(tensors, checkpoint / first,
                                     {"DCP_SHARDING_INFO": json.dumps(where)})
 
+    def a_number_of_another_kind(checkpoint, manifest):
+        manifest["tensors"]["model"]["norm.running_mean"][1] = [7.0]
+
+    def a_size_of_no_tensor(checkpoint, manifest):
+        manifest["tensors"]["optimizer-0"]["state.norm.bias.step"][1] = [2**63, 0]
+
+    def state_missing(checkpoint, manifest):
+        for file in (checkpoint / "optimizer-0").iterdir():
+            if "state.norm.bias.exp_avg" in tensors_of(file)[0]:
+                edit(file, state__norm__bias__exp_avg=None)
+
+    def state_not_described(checkpoint, manifest):
+        rest = json.loads((checkpoint / "rest/rank0.json").read_text())
+        del rest["optimizers"][0]["states"]["norm.bias"]
+        (checkpoint / "rest/rank0.json").write_text(json.dumps(rest))
+
+    def of_another_optimizer(checkpoint, manifest):
+        manifest["tensors"]["optimizer-1"] = {}
+
+    def no_extra(checkpoint, manifest):
+        rest = json.loads((checkpoint / "rest/rank0.json").read_text())
+        del rest["extra"]
+        (checkpoint / "rest/rank0.json").write_text(json.dumps(rest))
+
     for change, said in ((key_missing, "token.weight"), (one_too_many, "more"),
                          (listed_too, "more"), (other_shape, "norm.running_mean"),
                          (other_shape_listed, "norm.running_mean"),
-                         (other_dtype, "norm.running_mean"), (overlapping, "token.weight")):
+                         (other_dtype, "norm.running_mean"), (overlapping, "token.weight"),
+                         (a_number_of_another_kind, "norm.running_mean"),
+                         (a_size_of_no_tensor, "state.norm.bias.step"),
+                         (state_missing, "state.norm.bias.exp_avg"),
+                         (state_not_described, "state.norm.bias.exp_avg"),
+                         (of_another_optimizer, "optimizer-1"),
+                         (no_extra, "rest/rank0.json: 'extra' is missing")):
         path = tmp_path / change.__name__
         shutil.copytree(good, path)
         rewrite(path, change)
@@ -675,7 +764,8 @@ def others():
             return build(stage)
 
     return [(another_model, ["norm.bias"]), (another_optimizer, ["states of Adam", "SGD"]),
-            (two_groups, ["group 0 of Adam"]), (other_order, ["group 0 of Adam"]),
+            (two_groups, ["group 0 of Adam has 'nothing more' in the place of '"]),
+            (other_order, ["group 0 of Adam has '", "' in the place of '"]),
             (in_float64, ["float32", "float64"])]
 
 
@@ -922,8 +1012,13 @@ def save_with_problems(path):
         for call in (zero_ref.save, zero_ref.load):
             with pytest.raises(ValueError, match="outside of it"):
                 call(path, model, optimizer)
-    with pytest.raises(ValueError, match="None is no optimizer"):
+    with pytest.raises(ValueError, match="to be the optimizer, or a list of optimizers, and is N"):
         zero_ref.save(path, model, None)
+    with pytest.raises(ValueError, match="the third argument"):
+        zero_ref.load(path, model, optimizer.state_dict())
+    for call in (zero_ref.save, zero_ref.load):
+        with pytest.raises(ValueError, match=r"what zero_ref\.wrap.* returns, and is a Linear"):
+            call(path, nn.Linear(2, 2), optimizer)
     other, its_optimizer = build(1)  # as large, and into the same folder
     with torch.no_grad():
         for p in other.parameters():
@@ -975,6 +1070,104 @@ def test_a_tensor_among_the_options_of_a_group_comes_back(tmp_path):
     assert all(torch.equal(lr, torch.tensor(0.5)) for lr in toy.ranks(save_and_load, 2))
 
 
+def gone_meanwhile(path):
+    model, optimizer = build(1)
+    write = shards.write
+
+    def write_too_late(*args):
+        shutil.rmtree(f"{path}/.writing-000001", ignore_errors=True)  # as another run's save does
+        return write(*args)
+
+    shards.write = write_too_late
+    with pytest.raises(OSError, match="another run saves in this folder, too"):
+        zero_ref.save(path, model, optimizer)
+    shards.write = write
+
+
+def test_two_runs_in_one_folder_are_told(tmp_path):
+    toy.ranks(gone_meanwhile, 2, str(tmp_path))
+    assert not folder.committed(tmp_path)
+
+
+def on_disk(path):
+    """What a save does with files, in its order: (name of the call, path)."""
+    model, optimizer = build(2)
+    train(model, optimizer, [0])
+    zero_ref.save(path, model, optimizer)
+    done = []
+    really = {name: getattr(os, name) for name in ("fsync", "rename", "replace")}
+
+    def noted(name):
+        def call(what, *to):
+            done.append((name, os.readlink(f"/proc/self/fd/{what}") if name == "fsync" else
+                         str(what)))
+            return really[name](what, *to)
+        return call
+
+    try:
+        for name in really:
+            setattr(os, name, noted(name))
+        zero_ref.save(path, model, optimizer, keep=1)
+    finally:
+        for name, call in really.items():
+            setattr(os, name, call)
+    return done
+
+
+def test_all_is_on_disk_before_it_is_committed_and_old_ones_go_last(tmp_path):
+    by_rank = toy.ranks(on_disk, 2, str(tmp_path))
+    aside, final = f"{tmp_path}/.writing-000002", tmp_path / "checkpoint-000002"
+    commit = by_rank[0].index(("rename", aside))
+    synced = {path for name, path in [*by_rank[0][:commit], *by_rank[1]] if name == "fsync"}
+    written = {str(path).replace(str(final), aside) for path in [final, *final.rglob("*")]}
+    assert written <= synced and len(written) > 10
+    after = [(name, path.removeprefix(f"{tmp_path}")) for name, path in by_rank[0][commit + 1 :]]
+    assert after == [("fsync", ""), ("fsync", "/.latest"), ("replace", "/.latest"), ("fsync", ""),
+                     ("rename", "/checkpoint-000001")]
+
+
+def read_at_load(path, stage):
+    model, optimizer = build(stage)
+    read = []
+    part = shards._part
+
+    def noted(file, name, box):
+        read.append(math.prod(box.sizes))
+        return part(file, name, box)
+
+    try:
+        shards._part = noted
+        zero_ref.load(path, model, optimizer)
+    finally:
+        shards._part = part
+    own = sum(p.numel() for p in model.parameters())
+    return sum(read), own, sum(buffer.numel() for buffer in model.module.buffers())
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_load_reads_this_rank_s_elements_alone(good, stage):
+    for read, own, buffers in toy.ranks(read_at_load, 4, str(good), stage):
+        tied, steps = toy.VOCAB * 7, 10  # of a tied parameter both names are read, and compared
+        assert 3 * own <= read <= 3 * own + tied + buffers + steps
+
+
+def load_untied(path):
+    model = zero_ref.wrap(toy.build(), 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    before = model.state_dict()
+    with pytest.raises(ValueError, match=r"'token\.weight' and 'head\.weight' are one parameter"):
+        zero_ref.load(path, model, optimizer)
+    assert toy.equal(model.state_dict(), before)
+
+
+def test_names_of_a_tied_parameter_have_the_same_values(tmp_path):
+    weights = {name: value.clone() for name, value in toy.build().state_dict().items()}
+    weights["head.weight"][-1, -1] += 1
+    safetensors.torch.save_file(weights, tmp_path / "untied.safetensors")
+    import_([tmp_path / "untied.safetensors"], tmp_path / "a")
+    toy.ranks(load_untied, 2, str(tmp_path / "a"))
+
+
 def test_an_optimizer_of_something_else_is_refused(tmp_path):
     def save():
         model, _ = build(1)
@@ -989,7 +1182,23 @@ def test_an_optimizer_of_something_else_is_refused(tmp_path):
 # ---- under torchrun ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("kill", 0), ("stop", 1)])
+def stop_when_asked(wait):
+    with zero_ref.on_sigterm() as stop:
+        before = stop.agreed()
+        if dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(wait)
+        stopped = stop.agreed()
+    return before, stopped, inside
+
+
+@pytest.mark.parametrize("wait", [0, 0.1])
+def test_sigterm_is_agreed_on_and_the_process_goes_on(wait):
+    for before, stopped, left in toy.ranks(stop_when_asked, 2, wait):
+        assert (before, stopped, left) == (False, True, [])
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("kill", 0), ("stop", 0), ("stop", 1)])
 def test_a_run_survives(tmp_path, kind, workers):
     """The other kinds, and more of these, are in faults.py."""
     assert faults.survived(tmp_path, 2, 2, kind, at=7, rank=1, workers=workers,

@@ -9,6 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
+from .checkpoint.folder import NoCheckpoint
 from .checkpoint.loading import load
 from .checkpoint.saving import save
 from .engine import agreement
@@ -21,14 +22,15 @@ from .observe.trace import trace
 from .partition import lay_out
 from .ranks.launch import RankError, init, launch
 from .ranks.notebook import load_ipython_extension
+from .ranks.stopping import on_sigterm
 from .stage0 import Stage0
 from .stage1 import Stage1
 from .stage2 import Stage2
 from .stage3 import Stage3
 
-__all__ = ["GradScaler", "MixedPrecision", "RankError", "Stage0", "Stage1", "Stage2", "Stage3",
-           "compare", "init", "launch", "load", "load_ipython_extension", "memory", "record",
-           "save", "trace", "wrap"]
+__all__ = ["GradScaler", "MixedPrecision", "NoCheckpoint", "RankError", "Stage0", "Stage1",
+           "Stage2", "Stage3", "compare", "init", "launch", "load", "load_ipython_extension",
+           "memory", "on_sigterm", "record", "save", "trace", "wrap"]
 __version__ = "0.1.0"
 
 _STAGES = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}

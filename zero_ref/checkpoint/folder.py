@@ -28,6 +28,10 @@ class Damaged(ValueError):
     """A checkpoint that is not what was committed."""
 
 
+class NoCheckpoint(ValueError):
+    """There is none to load: nothing was ever committed there."""
+
+
 # ---- writing -------------------------------------------------------------------------------------
 
 
@@ -40,6 +44,8 @@ def begin(path: Path) -> Path:
     if (path / LATEST).is_dir():
         raise ValueError(f"{path / LATEST} is a directory: the name of the newest checkpoint is to "
                          "be written there")
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is no folder")
     path.mkdir(parents=True, exist_ok=True)
     for left in (*path.glob(".writing-*"), *path.glob(".removed-*")):
         shutil.rmtree(left, ignore_errors=True)
@@ -112,7 +118,7 @@ def newest(path: Path) -> Path:
     if path.name.startswith((".writing-", ".removed-")):
         raise ValueError(f"{path} was never committed: name the folder around it")
     what = "there is no such folder" if not path.exists() else "no checkpoint was committed there"
-    raise ValueError(f"{path}: {what}")
+    raise NoCheckpoint(f"{path}: {what}")
 
 
 def manifest_of(checkpoint: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`load(path, model, optimizer)`: each rank reads what it keeps, whoever has written it."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from ..engine.shell import Shell
 from . import contents, folder
 from .folder import Damaged
 from .pack import dtype_of, unpack
-from .saving import agree, finish_all, listed, refuse_full_params
+from .saving import agree, finish_all, group_of, listed, refuse_full_params
 from .shards import Shards, check_header
 
 
@@ -27,12 +28,13 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     the same rank were. Returns save's `extra`, on every rank; of an object with a state_dict(),
     that dict.
 
-    A checkpoint that was imported has a model alone, and leaves the optimizer as it is.
+    A checkpoint that was imported has a model alone: it leaves the optimizer as it is, and has no
+    `extra`.
 
-    Raises ValueError on every rank, and changes nothing, if there is no checkpoint, or if it is
-    damaged, or if it is another model's.
+    Raises zero_ref.NoCheckpoint if none was committed there, ValueError if it is damaged or another
+    model's, and OSError if it cannot be read: on every rank, and nothing is changed.
     """
-    group = model.group
+    group = group_of(model)
     checkpoint, problem = None, None
     try:
         finish_all()
@@ -47,19 +49,21 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     except Exception as error:
         problem = _as_damaged(checkpoint, error)
     agree(group, problem, phase="load")
-    with ExitStack() as opened, torch.no_grad():
+    with ExitStack() as opened, torch.no_grad(), ExitStack() as undo:
         try:
             source = Source(checkpoint, opened)
             extra_states = _check_model(source, model)
             states = _check_optimizers(source, model, optimizers)
             extra, generators = source.extra(), source.generators(model)
+            for name, m in contents.with_extra_state(model.module).items():
+                if name in extra_states:  # whether a module takes it, it alone can tell
+                    undo.callback(m.set_extra_state, m.get_extra_state())
+                    m.set_extra_state(extra_states[name])
         except Exception as error:
             problem = _as_damaged(checkpoint, error)
         agree(group, problem, phase="load")
+        undo.pop_all()
         _fill_model(source, model)
-        for name, m in contents.with_extra_state(model.module).items():
-            if name in extra_states:
-                m.set_extra_state(extra_states[name])
         for index, (one, (options, values)) in enumerate(zip(optimizers, states)):
             _fill_optimizer(source, index, model, one, options, values)
         if generators is not None:
@@ -69,7 +73,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
 
 def _as_damaged(checkpoint, error):
     """Whatever files from strangers make of the readers; our own sentences name the place."""
-    if str(checkpoint) in str(error):
+    if str(checkpoint) in str(error) or isinstance(error, OSError):
         return error
     return Damaged(f"{checkpoint} is no checkpoint: {type(error).__name__}: {error}")
 
@@ -86,7 +90,14 @@ class Source:
                 checkpoint, [f for f in files if f.startswith(f"{part}/")], of_part))
                 for part, of_part in (tensors or {}).items()}
             self.rest = self._rest_of(0)
+            for name in ("extra", "optimizers"):
+                if name not in self.rest:
+                    raise Damaged(f"{checkpoint / 'rest/rank0.json'}: {name!r} is missing")
             self.optimizers = self.rest["optimizers"]
+            wanted = {"model", *(f"optimizer-{i}" for i in range(len(self.optimizers or ())))}
+            for part in sorted(wanted ^ self.parts.keys()):
+                raise Damaged(f"{checkpoint / folder.MANIFEST}: the tensors of {part!r} " + (
+                    "are missing" if part in wanted else "belong to nothing"))
         except (KeyError, TypeError, AttributeError) as error:
             raise Damaged(f"{checkpoint}: something is missing: {error}") from None
 
@@ -122,7 +133,10 @@ class Source:
             raise Damaged(f"{self.checkpoint / name} is not in the manifest")
         if rank not in self._tensors:
             check_header(self.checkpoint / name)
-            self._tensors[rank] = load_file(self.checkpoint / name)
+            # load_file's are parts of the file, which may go, at addresses that no tensor of
+            # torch's own has: a dot product would be rounded otherwise.
+            self._tensors[rank] = {key: value.clone() for key, value in load_file(
+                self.checkpoint / name).items()}
         return self._tensors[rank]
 
 
@@ -131,10 +145,12 @@ def _check_model(source, model):
     where, saved = source.checkpoint, source.parts["model"].listed
     wanted = {name: [dtype_of(buffer), list(buffer.shape)]
               for name, buffer in contents.buffers(model.module).items()}
+    tied = []
     for one in contents.owned(model):
         # Others save a tied parameter under one of its names.
         names = [name for name in one.names if name in saved] or one.names[:1]
         wanted |= {key: [dtype_of(one.p), list(one.shape)] for key in names}
+        tied.append((one, names))
     extra_states = source.rest.get("extra_states", {})
     imported = source.optimizers is None  # then a module's extra state stays
     has_extra = set() if imported else contents.with_extra_state(model.module).keys()
@@ -147,7 +163,22 @@ def _check_model(source, model):
         if saved[name] != [dtype, shape]:
             raise ValueError(f"{where}: {name!r} is {tuple(saved[name][1])} {saved[name][0]} in "
                              f"the checkpoint, and {tuple(shape)} {dtype} in the model")
+    for one, (name, *others) in tied:
+        for other in others:
+            if not torch.equal(*(_elements(source.parts["model"], key, one.p) for key in (
+                    name, other))):
+                raise ValueError(f"{where}: {name!r} and {other!r} are one parameter in the model, "
+                                 "and differ in the checkpoint")
     return {name: source.unpacked(value) for name, value in extra_states.items()}
+
+
+def _elements(tensors, name, p):
+    """A new tensor like what the optimizer updates of a parameter, (n,), with what was saved."""
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype = getattr(torch, tensors.listed[name][0])
+        found = torch.empty(p.shape, dtype=dtype, device=p.device)
+    tensors.read(name, found.view(-1), p._elements[0])
+    return found
 
 
 def _check_optimizers(source, model, optimizers):
@@ -167,15 +198,22 @@ def _check_optimizers(source, model, optimizers):
         groups = [[params[id(p)].names[0] if id(p) in params else "one that is not of this model"
                    for p in group["params"]] for group in optimizer.param_groups]
         for number, (group, of_saved) in enumerate(zip(groups, saved["groups"])):
-            if group != of_saved["params"]:
-                first = next((name for name in group if name not in of_saved["params"]), None)
-                raise ValueError(f"{source.checkpoint}: group {number} of {kind} has other "
-                                 f"parameters, {first!r} for instance")
+            for here, there in itertools.zip_longest(group, of_saved["params"]):
+                if here != there:
+                    raise ValueError(f"{source.checkpoint}: group {number} of {kind} has "
+                                     f"{here or 'nothing more'!r} in the place of {there!r}: the "
+                                     "same parameters are to be in the same order" if there else
+                                     f"{source.checkpoint}: group {number} of {kind} has {here!r} "
+                                     "more than in the checkpoint")
         if len(groups) != len(saved["groups"]):
             raise ValueError(f"{source.checkpoint}: {kind} had {len(saved['groups'])} groups of "
                              f"parameters, and has {len(groups)} here")
         shape_of = {one.names[0]: list(one.shape) for one in params.values()}
         tensors = source.parts[f"optimizer-{index}"].listed
+        described = {f"state.{name}.{key}" for name, states in saved["states"].items()
+                     for key, how in states.items() if how in ("like the parameter", "whole")}
+        for name in sorted(tensors.keys() - described):
+            raise Damaged(f"{source.checkpoint}: {name!r} is there, and {kind} has no such state")
         for name, states in saved["states"].items():
             for key, how in states.items():
                 dtype_and_shape = tensors.get(f"state.{name}.{key}")
@@ -185,8 +223,9 @@ def _check_optimizers(source, model, optimizers):
                                   "or has another shape")
                 if how == "whole" and not dtype_and_shape:
                     raise Damaged(f"{source.checkpoint}: the state {key!r} of {name!r} is missing")
-        options = [dict(source.unpacked(group["options"])) for group in saved["groups"]]
-        if any(not isinstance(key, str) or key == "params" for group in options for key in group):
+        options = [source.unpacked(group["options"]) for group in saved["groups"]]
+        if not all(type(group) is dict for group in options) or any(
+                type(key) is not str or key == "params" for group in options for key in group):
             raise Damaged(f"{source.checkpoint}: the options of {kind} are none")
         found.append((options, {
             (name, key): source.unpacked(how["value"]) for name, states in saved["states"].items()
@@ -220,10 +259,7 @@ def _fill_optimizer(source, index, model, optimizer, options, values):
         for key, how in saved["states"].get(one.names[0], {}).items():
             name = f"state.{one.names[0]}.{key}"
             if how == "like the parameter":
-                with torch._C.DisableTorchFunctionSubclass():
-                    dtype = getattr(torch, tensors.listed[name][0])
-                    state[key] = torch.empty(one.p.shape, dtype=dtype, device=one.p.device)
-                tensors.read(name, state[key].view(-1), one.p._elements[0])
+                state[key] = _elements(tensors, name, one.p)
             elif how == "whole":
                 value = tensors.whole(name)
                 state[key] = value.to(one.p.device) if value.ndim or on_device[id(one.p)] else value

@@ -10,7 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..engine.optimizers import ELEMENTS
 
 _DICTS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 DTYPES = {  # torch's names and safetensors'
@@ -41,6 +43,9 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if type(value) is tuple:
         return {"tuple": pack(list(value), name, tensors)}
     if type(value) in _DICTS.values():
+        if ELEMENTS in value:
+            raise ValueError(f"{name} is a state of an optimizer, of which this rank has its own "
+                             "elements: save takes optimizers as the third argument")
         return {type(value).__name__: [
             [_packed_key(key, name), pack(x, f"{name}[{key!r}]", tensors)]
             for key, x in value.items()]}
@@ -98,7 +103,8 @@ def _unpacked_key(key):
 def _refuse_what_is_saved_anyway(value, name):
     from ..engine.shell import Shell
 
-    if isinstance(value, torch.optim.Optimizer | Shell):
+    inside = [*value.modules()] if isinstance(value, nn.Module) else [value]
+    if any(isinstance(one, torch.optim.Optimizer | Shell) for one in inside):
         raise ValueError(f"{name} is a {type(value).__name__}, whose state_dict() would be this "
                          "rank's own: save takes the model, and its optimizer or a list of them, "
                          "as the second and third argument")

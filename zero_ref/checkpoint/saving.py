@@ -1,6 +1,7 @@
 """`save(path, model, optimizer)`: every rank writes its own shard, and nothing is gathered."""
 
 import json
+import reprlib
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ from .. import comm
 from ..engine.shell import Shell
 from ..ranks.rank import timeout
 from . import contents, folder, shards
+from .folder import NoCheckpoint
 from .pack import pack
 
 
@@ -81,7 +83,7 @@ def save(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     Raises ValueError for what cannot be saved, and OSError if it cannot be written: on every rank,
     and the earlier checkpoints stay as they are.
     """
-    group = model.group
+    group = group_of(model)
     pieces: dict[str, list[contents.Piece]] = {}
     rest, tensors, aside, problem = {}, {}, None, None
     try:
@@ -129,10 +131,20 @@ def finish_all() -> None:
 
 
 def listed(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer or [None])
-    if not all(isinstance(one, Optimizer) for one in optimizers):
-        raise ValueError(f"{optimizer!r} is no optimizer, and no list of them")
-    return optimizers
+    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    if not (isinstance(optimizers, list | tuple) and optimizers and all(
+            isinstance(one, Optimizer) for one in optimizers)):
+        raise ValueError("the third argument is to be the optimizer, or a list of optimizers, and "
+                         f"is {reprlib.repr(optimizer)}")
+    return list(optimizers)
+
+
+def group_of(model: Shell) -> dist.ProcessGroup:
+    """Raises ValueError for what is no wrapped model: then no rank is known to agree with."""
+    if not isinstance(model, Shell):
+        raise ValueError(f"the second argument is to be what zero_ref.wrap(…) returns, and is a "
+                         f"{type(model).__name__}")
+    return model.group
 
 
 def refuse_full_params(model: Shell) -> None:
@@ -144,20 +156,21 @@ def refuse_full_params(model: Shell) -> None:
 def agree(group: dist.ProcessGroup, problem: Exception | None, value: object = None,
           phase: str = "save") -> list:
     """Everyone's value, unless somebody has a problem: then all ranks raise that."""
-    kind = "OSError" if isinstance(problem, OSError) else "ValueError"
+    kinds = {kind.__name__: kind for kind in (NoCheckpoint, OSError, ValueError)}
+    kind = next((name for name, kind in kinds.items() if isinstance(problem, kind)), "ValueError")
     text = said(problem) if problem is not None else None
     found = comm.all_gather_object([text, kind, value], group, phase=phase)
     if problem is not None:
         raise problem
     for rank, (text, kind, _) in enumerate(found):
         if text is not None:
-            raise {"OSError": OSError, "ValueError": ValueError}[kind](f"rank {rank}: {text}")
+            raise kinds[kind](f"rank {rank}: {text}")
     return [value for _, _, value in found]
 
 
 def said(problem: Exception) -> str:
     if isinstance(problem, OSError) and problem.strerror:
-        return f"{problem.filename or 'the checkpoint'}: {problem.strerror}"
+        return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
     return str(problem)
 
 
@@ -189,7 +202,10 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
         written.append(shards.write_plain(aside / "rest" / f"rank{rank}.safetensors", tensors))
         files = {str(file.relative_to(aside)): folder.facts(file) for file in written}
     except Exception as error:
-        problem = error if isinstance(error, OSError) else OSError(said(error))
+        problem = OSError(said(error) if str(aside) in said(error) else f"{aside}: {said(error)}")
+        if not aside.is_dir():
+            problem = OSError(f"{aside} is gone, so that another run saves in this folder, too: "
+                              "give each a folder of its own")
     final = None
     try:
         everyones = agree(group, problem, files)

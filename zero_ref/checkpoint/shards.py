@@ -84,6 +84,10 @@ class Shards:
 
     def __init__(self, checkpoint: Path, files: Iterable[str], listed: dict[str, list]):
         self.directory, self.listed = checkpoint, listed
+        for name, (dtype, shape) in listed.items():
+            whole = all(type(n) is int and n >= 0 for n in shape)  # 5.0 would equal a 5
+            if dtype not in DTYPES or not whole or math.prod(n or 1 for n in shape) >= 1 << 63:
+                raise Damaged(f"{checkpoint / folder.MANIFEST}: {name!r} would be {shape} {dtype}")
         self._opened = ExitStack()
         self._boxes: dict[str, list[tuple[Box, Any, Path]]] = {name: [] for name in listed}
         try:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # a fault, and its traceback is what helps.
         print(f"zero-ref: {error.reason if error.kind == 'ValueError' else error}", file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"zero-ref: {error}", file=sys.stderr)
         return 2
 

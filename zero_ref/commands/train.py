@@ -4,7 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .. import comm, load, save, wrap
-from ..checkpoint.folder import committed
+from .. import NoCheckpoint, comm, load, save, wrap
 from ..engine.tree import tensors_in
 from ..observe import memory
 from ..ranks.stopping import on_sigterm
@@ -43,9 +42,9 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
     opt = task.optimizer(model.parameters())
 
     first, done = 0, 0
-    if checkpoint_dir and comm.all_gather_object(bool(committed(checkpoint_dir)), model.group,
-                                                 phase="load")[0]:
-        first = done = load(checkpoint_dir, model, opt).get("step", 0)
+    if checkpoint_dir:
+        with suppress(NoCheckpoint):
+            first = done = load(checkpoint_dir, model, opt).get("step", 0)
     if first > steps:
         raise ValueError(f"{checkpoint_dir} has a checkpoint of step {first} already: give at "
                          "least as many --steps, or another --checkpoint-dir")

@@ -23,9 +23,10 @@ class Stop:
     def __init__(self) -> None:
         self.asked = False  # whether this rank has got the signal
 
-    def agreed(self, group: dist.ProcessGroup) -> bool:
-        """Whether some rank has: the same answer on all of them, so that they stop at one step."""
-        return any(comm.all_gather_object(self.asked, group, phase="stop"))
+    def agreed(self, group: dist.ProcessGroup | None = None) -> bool:
+        """Whether some rank has: the same answer on all of them, so that they stop at one step.
+        group: who is asked, by default all ranks."""
+        return any(comm.all_gather_object(self.asked, group or dist.group.WORLD, phase="stop"))
 
 
 inside: list[Stop] = []  # one for each on_sigterm() that this process is in
@@ -33,9 +34,12 @@ inside: list[Stop] = []  # one for each on_sigterm() that this process is in
 
 @contextmanager
 def on_sigterm() -> Iterator[Stop]:
-    """Inside, SIGTERM does not end this process: `agreed` says that it has come. Processes that are
-    forked here, such as a DataLoader's workers, get it too, and obey this process alone: they are
-    needed until the ranks stop."""
+    """Inside, SIGTERM does not end this process: `agreed()` of what it yields says, on every rank,
+    whether the signal has come to one. Processes that are forked inside, such as a DataLoader's
+    workers, get it too, and obey this process alone: they are needed until the ranks stop.
+
+    Raises ValueError in another thread than the main one.
+    """
     stop, over, main = Stop(), threading.Event(), threading.get_ident()
     wake, written = os.pipe()
     os.set_blocking(written, False)
@@ -48,7 +52,6 @@ def on_sigterm() -> Iterator[Stop]:
         """The handler waits for the main thread, and this thread does not."""
         while os.read(wake, 1)[0] not in (signal.SIGTERM, 0):  # other signals come by here, too
             pass
-        os.close(wake)
         if not over.wait(STUCK):
             frames = traceback.walk_stack(sys._current_frames()[main])
             stack = traceback.StackSummary.extract(frames)
@@ -59,7 +62,8 @@ def on_sigterm() -> Iterator[Stop]:
 
     handler = signal.signal(signal.SIGTERM, asked)  # refused in other threads than the main one
     inside.append(stop)
-    threading.Thread(target=watch, daemon=True).start()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     descriptor = signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     try:
         yield stop
@@ -67,9 +71,11 @@ def on_sigterm() -> Iterator[Stop]:
         over.set()
         signal.set_wakeup_fd(descriptor)
         signal.signal(signal.SIGTERM, handler)
-        os.write(written, b"\0")
-        os.close(written)
         inside.remove(stop)
+        os.write(written, b"\0")
+        watching.join()
+        os.close(written)
+        os.close(wake)
 
 
 def _obey_the_parent_alone() -> None:
