@@ -438,7 +438,7 @@ def _losses(seen, right):
         return [sum(losses) / len(ranks) for losses in zip(*(rank["losses"] for rank in ranks))]
 
     return [f"{'Loss':22}" + "".join(f"   step {step + 1}" for step in range(STEPS)),
-            *(f"{label:22}" + "".join(f"{loss:9.4f}" for loss in mean(ranks))
+            *(f"{label:22}" + "".join(f"{loss:#9.4g}" for loss in mean(ranks))
               for label, ranks in (("  here", seen), ("  right", right)))]
 
 
