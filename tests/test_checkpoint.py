@@ -1198,10 +1198,11 @@ def test_sigterm_is_agreed_on_and_the_process_goes_on(wait):
         assert (before, stopped, left) == (False, True, [])
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("kill", 0), ("stop", 0), ("stop", 1)])
-def test_a_run_survives(tmp_path, kind, workers):
+@pytest.mark.parametrize(("kind", "workers", "then"), [
+    ("kill", 0, 2), ("stop", 0, 3), ("stop", 1, 2)])
+def test_a_run_survives(tmp_path, kind, workers, then):
     """The other kinds, and more of these, are in faults.py."""
-    assert faults.survived(tmp_path, 2, 2, kind, at=7, rank=1, workers=workers,
+    assert faults.survived(tmp_path, 2, 2, kind, at=7, rank=1, workers=workers, then=then,
                            run_again=faults.run_here) == 0
 
 
