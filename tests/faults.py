@@ -100,7 +100,7 @@ def run(folder: Path, stage: int, world_size: int = 2, fault: str = "", workers:
         checkpoints: str = "checkpoints") -> subprocess.CompletedProcess:
     """fault: "KIND STEP RANK"."""
     (folder / "model.py").write_text(MODEL)
-    environment = {**os.environ, "WORKERS": str(workers), 
+    environment = {**os.environ, "WORKERS": str(workers),
                    # Ranks may need seconds to start, where much else is running.
                    "ZERO_REF_TIMEOUT": "10" if fault.startswith("hang") else "30",
                    # Or a restarted rank looks for the others where they were before:
