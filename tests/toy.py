@@ -12,10 +12,12 @@ from torch import nn
 
 import zero_ref
 from zero_ref import memory
+from zero_ref.commands.train import prepare_device
 from zero_ref.partition import Layout
 
 STAGES = (0, 1, 2, 3)
 VOCAB, WIDTH, PER_RANK = 11, 7, 4
+DEVICE = torch.device("cpu")  # of models and batches; `ranks` sets it
 
 
 class Block(nn.Module):
@@ -70,7 +72,7 @@ OPTIMIZERS = {
 def batch(step, rank):
     """Different data on every rank and at every step: (PER_RANK,) ids and targets."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return torch.randint(0, VOCAB, (2, PER_RANK), generator=generator).unbind()
+    return torch.randint(0, VOCAB, (2, PER_RANK), generator=generator).to(DEVICE).unbind()
 
 
 def whole_batch(step, world_size):
@@ -80,7 +82,7 @@ def whole_batch(step, world_size):
 
 def build(rank=0, **options):
     torch.manual_seed(rank)  # different initial values on every rank
-    return Toy(**options)
+    return Toy(**options).to(DEVICE)
 
 
 def run(stage, optimizer="adam", steps=3, micro=1, clip=None, sync_all=True, toy=None, **options):
@@ -138,8 +140,9 @@ def new_tensors_in(dtype):
         torch.set_default_dtype(before)
 
 
-def ranks(fn, world_size, *args, dtype=torch.float32, **kwargs):
-    """What `fn` returns on each rank, where its new parameters and data have this dtype.
+def ranks(fn, world_size, *args, dtype=torch.float32, device="cpu", **kwargs):
+    """What `fn` returns on each rank, where its new parameters and data have this dtype, and those
+    of this file are on this device.
 
     Where it does not say otherwise, half of all models have a message per unit and the other half
     buckets: by stage and world size, so that each stage is tried both ways.
@@ -149,7 +152,9 @@ def ranks(fn, world_size, *args, dtype=torch.float32, **kwargs):
         return unpatched(module, stage, **{"bucket_cap_mb": cap, **options})
 
     def on_rank():
-        with new_tensors_in(dtype), mock.patch.object(zero_ref, "wrap", wrap):
+        here = prepare_device(device)
+        with (new_tensors_in(dtype), mock.patch.object(zero_ref, "wrap", wrap),
+              mock.patch("toy.DEVICE", here)):
             return fn(*args, **kwargs)
 
     unpatched = zero_ref.wrap
@@ -198,10 +203,11 @@ LOCAL = ("running_mean", "running_var", "num_batches_tracked")  # BatchNorm's: e
 def equal(a, b, skip=()):
     """Whether two state dicts have the same keys and, but for names that end so, the same bits."""
     return a.keys() == b.keys() and all(
-        torch.equal(a[k], b[k]) for k in a if not k.endswith(tuple(skip)))
+        torch.equal(a[k].cpu(), b[k].cpu()) for k in a if not k.endswith(tuple(skip)))
 
 
-def stages_agree(fn, world_size, *args, stages=STAGES, dtype=torch.float32, **kwargs):
+def stages_agree(fn, world_size, *args, stages=STAGES, dtype=torch.float32, device="cpu",
+                 **kwargs):
     """Runs fn(stage, …) at all stages, and checks that they end with the same bits on all ranks.
 
     fn returns the weights, or a dict that has "weights" as that of `run`: then "losses", of which
@@ -209,7 +215,7 @@ def stages_agree(fn, world_size, *args, stages=STAGES, dtype=torch.float32, **kw
     own, too. Returns what fn returned, by rank and stage.
     """
     by_rank = ranks(lambda: [fn(stage, *args, **kwargs) for stage in stages], world_size,
-                    dtype=dtype)
+                    dtype=dtype, device=device)
     first = _results(by_rank[0][0])
     assert first["weights"]
     for rank, runs in enumerate(by_rank):
