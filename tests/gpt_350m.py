@@ -4,7 +4,7 @@
         --systems "stage 0" "stage 1" "stage 2" "stage 3" FSDP2
 
 The row "floor" is the bare module, and the column "floor" says which share of a system's time it
-takes. Parameters, gradients and AdamW's states are in bf16: half of what the column "states" says.
+takes.
 """
 
 import torch

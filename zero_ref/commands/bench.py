@@ -201,6 +201,7 @@ def _measure(system: str, name: str, device: str, steps: int) -> dict[str, Any]:
     torch.manual_seed(0)
     net = task.build().to(device)
     about = {"numel": _numel(net), "device": describe(device),
+             "dtype": str(next(net.parameters()).dtype).removeprefix("torch."),
              "largest_unit": max(map(_numel, find_units(net, task.units).values()), default=0)}
     batches = [task.batch_on(device, step, rank) for step in range(warm_up + steps)]
 
@@ -355,8 +356,12 @@ def _summary(runs, world_size):
     for system, measured in runs.items():
         ratios = [m["seconds"] / d["seconds"] for m, d in zip(measured, runs["DDP"])]
         floors = [f["seconds"] / m["seconds"] for m, f in zip(measured, runs["floor"])]
-        sent = [m["sent"] / (4 * about["numel"]) for m in measured if m["sent"] is not None]
-        states = memory.model_states(about["numel"], world_size, _stage_of(system))
+        dtype = getattr(torch, about["dtype"])
+        sent = [m["sent"] / (dtype.itemsize * about["numel"]) for m in measured
+                if m["sent"] is not None]
+        states = memory.model_states(about["numel"], world_size, _stage_of(system),
+                                     param_dtype=dtype, grad_dtype=dtype,
+                                     optimizer_dtypes=(dtype, dtype))
         rows.append({
             "system": system, "seconds": statistics.median(m["seconds"] for m in measured),
             "ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios),

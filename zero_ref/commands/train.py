@@ -118,6 +118,7 @@ def prepare_device(device: str) -> torch.device:
     # Two runs of the same stage have to give the same bits before two stages can.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill every torch.empty
     return device
 
 

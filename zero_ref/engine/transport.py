@@ -133,6 +133,8 @@ def issue(steps: Steps, op: str, device: torch.device, group: Group) -> Callable
     if on_gloo(device, group):
         if (group.group_name, op) not in _lanes:
             _lanes[group.group_name, op] = Lane()
+        if device.type == "cuda":
+            steps = _on_stream(steps, torch.cuda.current_stream(device))
         return _lanes[group.group_name, op].issue(steps).result
     if device.type != "cuda":
         _run(steps)
@@ -145,6 +147,12 @@ def issue(steps: Steps, op: str, device: torch.device, group: Group) -> Callable
         _run(steps)
     done = _streams[key].record_event()
     return lambda: torch.cuda.current_stream(device).wait_event(done)
+
+
+def _on_stream(steps: Steps, stream: torch.cuda.Stream) -> Steps:
+    """Where the caller computes: the current stream of a lane's thread is another one."""
+    with torch.cuda.stream(stream):
+        yield from steps
 
 
 def _run(steps: Steps) -> None:
