@@ -94,10 +94,9 @@ def test_train(tmp_path, capsys):
     assert "digits, stage 2, 2 ranks on cpu" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_train_under_torchrun_gives_the_same_result(stage, tmp_path):
+def test_train_under_torchrun_gives_the_same_result(tmp_path):
     mine, theirs = tmp_path / "launch.json", tmp_path / "torchrun.json"
-    options = ["train", "--stage", str(stage), "--steps", "4", "--batch-size", "8"]
+    options = ["train", "--stage", "3", "--steps", "4", "--batch-size", "8"]
     main([*options, "--world-size", "2", "--json", str(mine)])
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                            "-m", "zero_ref", *options, "--json", str(theirs)],
