@@ -8,9 +8,10 @@ launches does so again, which takes longer than what most notebooks do. Grading 
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
-from multiprocessing import parent_process
+from multiprocessing import forkserver, parent_process
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -57,6 +58,7 @@ def _run(arguments: Sequence[str], folder: str | None, environment: dict[str, st
     """Called in the new process: be a kernel."""
     from ipykernel.kernelapp import launch_new_instance
 
+    _use_the_same_server()
     os.setpgid(0, 0)  # a signal reaches what a cell has started, too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the fork server does not want it
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
@@ -66,6 +68,14 @@ def _run(arguments: Sequence[str], folder: str | None, environment: dict[str, st
     if folder:
         os.chdir(folder)
     launch_new_instance(list(arguments))
+
+
+def _use_the_same_server():
+    """The kernel's ranks are forked from it, too. (So says the documentation of ensure_running, but
+    a process that the server has forked starts another one.)"""
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if sys.version_info < (3, 14) and server._forkserver_address:  # later it wants to know a key
+        forkserver.ensure_running = server.ensure_running = lambda: None
 
 
 def _end_with_the_caller():
