@@ -313,7 +313,7 @@ def test_a_class_is_graded(tmp_path, capsys):
     assert {name: (row["points"], row["of"]) for name, row in rows.items()} == {
         "bob": (1, 8), "carol": (1, 8), "dave": (0, 0), "erin": (1, 8)}
     assert [name for name, row in rows.items() if not row["graded"]] == ["dave"]
-    assert re.search(r"bob .* 1/8 .* 3\.1: ", shown)
+    assert re.search(r"bob .* 1/8 .* 3\.1: ", shown), shown
     assert re.search(r"carol .* 1/8 .* the kernel: ended by itself", shown)
     assert re.search(r"dave .* 0/0 .* dave\.ipynb is no notebook", shown)
     assert "3 of 4 were graded, but not, or not in full: dave." in shown

@@ -56,17 +56,19 @@ class _Process:
 
 def _run(arguments: Sequence[str], folder: str | None, environment: dict[str, str]) -> None:
     """Called in the new process: be a kernel."""
-    from ipykernel.kernelapp import launch_new_instance
-
     _use_the_same_server()
     os.setpgid(0, 0)  # a signal reaches what a cell has started, too
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # the fork server does not want it
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     os.environ.clear()
     os.environ.update(environment)
-    os.environ.pop("JPY_PARENT_PID", None)  # it is not the caller's child
+    os.environ["JPY_PARENT_PID"] = str(os.getppid())
+    if "" not in sys.path:  # if the caller was started with -P, as grading is
+        sys.path.append("")
     if folder:
         os.chdir(folder)
+    from ipykernel.kernelapp import launch_new_instance  # it looks at the environment
+
     launch_new_instance(list(arguments))
 
 
