@@ -115,9 +115,9 @@ def main() -> None:
                       f"{RANKS} ranks (`python tests/saving_costs.py`):", "", *rows])
     print(text)
     if args.table:
-        before, mark, after = args.table.read_text().partition("Measured on ")
-        assert mark, f"{args.table} has no line that begins with 'Measured on '"
-        args.table.write_text(f"{before}{text}\n{after[after.index(chr(10) + '## '):]}")
+        before, mark, after = args.table.read_text().partition("## What it costs\n")
+        _, following, rest = after.partition("\n## ")
+        args.table.write_text(f"{before}{mark}\n{text}\n{following}{rest}")
 
 
 if __name__ == "__main__":

@@ -933,7 +933,12 @@ def test_the_newest_that_was_committed_is_loaded_and_old_ones_go(tmp_path):
 @pytest.mark.parametrize(("path", "said"), [
     ("nowhere", "there is no such folder"), ("", "no checkpoint was committed there")])
 def test_no_checkpoint_is_said(tmp_path, path, said):
-    toy.ranks(lambda: unchanged_by(str(tmp_path / path), [said]) and None, 2)
+    def start_or_go_on():
+        unchanged_by(str(tmp_path / path), [said])
+        with pytest.raises(zero_ref.NoCheckpoint, match=said):  # on every rank
+            zero_ref.load(tmp_path / path, *build(1))
+
+    toy.ranks(start_or_go_on, 2)
 
 
 def save_fails(path, how, asynchronous):
