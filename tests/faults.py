@@ -190,7 +190,7 @@ def soak():
             for kind, steps in found.items()]
     text = "\n".join([
         f"Run on {date.today():%Y-%m-%d}, torch {torch.__version__}, in "
-        f"{time.monotonic() - start:.0f} s, at stages 0 to 3 on two or three ranks, a third with "
+        f"{time.monotonic() - start:.0f} s, at stages 0 to 3 on two or three\nranks, a third with "
         "a DataLoader's worker. What is started again is so on one to four ranks:", "",
         "| what happened | how often | survived, with the undisturbed run's weights | steps lost "
         "beyond the last save |", "|---|---|---|---|", *rows])

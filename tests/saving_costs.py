@@ -112,7 +112,7 @@ def main() -> None:
               for what, label, shown in ROWS)]
     text = "\n".join([f"Measured on {date.today():%Y-%m-%d}, on {os.cpu_count()} cores, with "
                       f"{LAYERS * (WIDTH + 1) * WIDTH / 1e6:.1f} million parameters, Adam and "
-                      f"{RANKS} ranks (`python tests/saving_costs.py`):", "", *rows])
+                      f"{RANKS} ranks", "(`python tests/saving_costs.py`):", "", *rows])
     print(text)
     if args.table:
         before, mark, after = args.table.read_text().partition("## What it costs\n")
