@@ -5,6 +5,12 @@ os.environ.setdefault("ZERO_REF_TIMEOUT", "20")  # a collective that hangs fails
 import pytest
 import torch
 
+from zero_ref.ranks import pool
+
+# Each rank would import these anew.
+pool.PRELOAD += ["pytest", "zero_ref.commands.measure", "zero_ref.labs.exercises", "zero_ref.viz",
+                 "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+
 
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():

@@ -27,6 +27,9 @@ from .output import output
 # Reads what a rank sends. Grading reads what is plain data, and nothing else.
 read: Callable[[bytes], Any] = pickle.loads
 _GRACE = 0.5  # seconds that the other ranks get to finish once one has failed
+# What the fork server imports, once for all ranks. The first optimizer of a process would import
+# torch._dynamo, in more than a second.
+PRELOAD = ["zero_ref", "torch._dynamo"]
 
 
 class Pool:
@@ -165,9 +168,7 @@ def start(target: Callable, args: tuple, name: str,
     """Fork a process, from a server where it is possible. among: takes it before it starts."""
     context: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
     if os.name == "posix":
-        # The first optimizer of a process imports torch._dynamo, in more than a second: once here,
-        # instead of in every rank.
-        context.set_forkserver_preload(["zero_ref", "torch._dynamo"])
+        context.set_forkserver_preload(PRELOAD)
         multiprocessing.resource_tracker.ensure_running()  # it would unblock the signal
         with _no_interrupt(), _nameless_main():
             multiprocessing.forkserver.ensure_running()

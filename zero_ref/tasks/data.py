@@ -5,7 +5,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -131,10 +131,15 @@ def _digits(_):
 
 
 def _cnn(_):
-    with np.load(str(files(__package__) / "assets" / "digits.npz")) as arrays:
-        images, labels = arrays["images"] / np.float32(16), arrays["labels"]
+    images, labels = _digit_images()
     test = np.arange(len(images)) % 5 == 0  # every fifth image is held out
     return _images(images[~test], labels[~test], images[test], labels[test])
+
+
+@cache
+def _digit_images():
+    with np.load(str(files(__package__) / "assets" / "digits.npz")) as arrays:
+        return arrays["images"] / np.float32(16), arrays["labels"]
 
 
 def _mnist(data_dir):
