@@ -107,7 +107,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 
 .venv/.installed-%: .venv/.installed
 	$(PIP_INSTALL) -c constraints.txt -e '.[$*]'
-	$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib zero_ref || true
 	@touch $@
 
 # setuptools builds the project, where pip would fetch it.

@@ -7,6 +7,12 @@ cell.
 
 from nbval.plugin import IPyNbFile
 
+from zero_ref.ranks import pool
+
+# Each kernel and each rank would import these anew.
+pool.PRELOAD += ["zero_ref.commands.measure", "zero_ref.labs.exercises", "zero_ref.viz",
+                 "torch.distributed.fsdp"]
+
 
 def pytest_configure(config):
     if config.option.nbval:

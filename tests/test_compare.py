@@ -173,7 +173,7 @@ def test_a_hugging_face_config(name, tmp_path, capsys):
     file = tmp_path / "report.json"
     where = tmp_path if name == "vit" else tmp_path / "config.json"
     assert main(["compare", "--model", str(where), "--world-size", "2", "--steps", "2",
-                 "--json", str(file)]) == 0, capsys.readouterr()
+                 "--stages", "3", "--json", str(file)]) == 0, capsys.readouterr()
     report = json.loads(file.read_text())
     assert report["task"].startswith(name) and report["failed_promises"] == []
     assert {row["failed"] for row in report["systems"]} == {None}
