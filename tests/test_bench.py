@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ EVERYWHERE = [s for s in bench.SYSTEMS if not s.startswith("DeepSpeed")]
 def report(tmp_path_factory):
     """A short run of all systems that need nothing installed."""
     folder = tmp_path_factory.mktemp("bench")
-    assert main(["bench", "--model", "3M", *FEW, "--systems", *EVERYWHERE,
-                 "--json", str(folder / "r.json"), "--figure", str(folder / "r.png")]) == 0
+    with mock.patch.object(bench, "OVERHEAD_AT", (1, 8)):
+        assert main(["bench", "--model", "3M", *FEW, "--systems", *EVERYWHERE,
+                     "--json", str(folder / "r.json"), "--figure", str(folder / "r.png")]) == 0
     assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((folder / "r.json").read_text())
 
@@ -95,7 +97,7 @@ def test_the_table_and_what_is_in_it(report, capsys):
         assert 0 < row["least"] <= row["ratio"] <= row["most"]
         assert row["peak_bytes"] > 0
     assert max(map(len, text.splitlines())) <= 100
-    assert set(report["overhead_us"]) == {"1", "8", "64", "1024"}
+    assert set(report["overhead_us"]) == {"1", "8"}
 
 
 @pytest.mark.parametrize("options, sentence", [
