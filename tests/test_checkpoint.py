@@ -120,6 +120,48 @@ def load_at_all_stages(paths):
     return found
 
 
+class Branches(nn.Module):
+    """With two ranks, all of `rare` is in rank 1's slice."""
+
+    def __init__(self):
+        super().__init__()
+        self.usual, self.rare = nn.Linear(40, 4), nn.Linear(4, 2)
+
+    def forward(self, x, rare):
+        x = self.usual(x)
+        return self.rare(x) if rare else x
+
+
+def branch(path, stage, steps_of_rank_0):
+    def go_on(model, optimizer, steps):
+        for step in steps:
+            rare = dist.get_rank() == 1 or step in steps_of_rank_0
+            model(torch.full((2, 40), step + 1.0), rare).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def build_it():
+        model = zero_ref.wrap(Branches(), stage)
+        return model, torch.optim.Adam(model.parameters(), lr=0.1)
+
+    model, optimizer = build_it()
+    go_on(model, optimizer, range(3))
+    zero_ref.save(path, model, optimizer)
+    go_on(model, optimizer, range(3, 5))
+    other, its_optimizer = build_it()
+    zero_ref.load(path, other, its_optimizer)
+    go_on(other, its_optimizer, range(3, 5))
+    return toy.equal(model.state_dict(), other.state_dict())
+
+
+@pytest.mark.parametrize("steps_of_rank_0", [[], [0]])
+def test_states_of_what_rank_0_has_no_element_of(tmp_path, steps_of_rank_0):
+    """Where its own batches do not need it either, it has no gradient, and no state or an old one.
+    """
+    for stage in (1, 2):
+        assert all(toy.ranks(branch, 2, str(tmp_path / f"{stage}"), stage, steps_of_rank_0))
+
+
 def test_what_was_saved_goes_on_at_every_stage_and_world_size(tmp_path):
     saved = {n: toy.ranks(save_at_all_stages, n, f"{tmp_path}/{n}", dtype=torch.float64)
              for n in WORLD_SIZES}
@@ -357,6 +399,67 @@ class Counts(nn.Linear):
         self.calls = state["at"][0].item()
 
 
+class Overlapping(nn.Linear):
+    """Its buffers share memory, as parts of one table."""
+
+    def __init__(self):
+        super().__init__(3, 2)
+        table = torch.arange(8.0)
+        self.register_buffer("first", table[:5])
+        self.register_buffer("last", table[3:])
+
+
+def overlapping_come_back(path):
+    model = zero_ref.wrap(Overlapping(), 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    zero_ref.save(path, model, optimizer)
+    model.module.first.zero_(), model.module.last.zero_()
+    zero_ref.load(path, model, optimizer)
+    return model.module.first.tolist(), model.module.last.tolist()
+
+
+def test_buffers_that_overlap_come_back(tmp_path):
+    assert toy.ranks(overlapping_come_back, 2, str(tmp_path)) == 2 * [
+        ([0, 1, 2, 3, 4], [3, 4, 5, 6, 7])]
+
+
+class Shared(nn.Linear):
+    """Gives out its state itself, and writes into it."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.state = {"calls": torch.zeros(1)}
+
+    def get_extra_state(self):
+        return self.state
+
+    def set_extra_state(self, state):
+        self.state["calls"].copy_(state["calls"])
+        if state["calls"] and self.out_features == dist.get_rank():
+            raise RuntimeError("not here")
+
+
+def refused_by_one_rank(path):
+    model, optimizer = shared(3)
+    for module in model.module:
+        module.state["calls"] += 1
+    zero_ref.save(path, model, optimizer)
+    other, its_optimizer = shared(3)
+    other.module[1].out_features = 1  # of rank 1, alone
+    with pytest.raises(ValueError, match="not here"):
+        zero_ref.load(path, other, its_optimizer)
+    return [module.state["calls"].item() for module in other.module]
+
+
+def shared(size):
+    model = zero_ref.wrap(nn.Sequential(Shared(3, size), Shared(size, size)), 3)
+    return model, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def test_extra_states_are_as_before_if_one_rank_refuses_its_own(tmp_path):
+    assert toy.ranks(refused_by_one_rank, 2, str(tmp_path)) == [[0, 0], [0, 0]]
+
+
 class Refuses(Counts):
     def set_extra_state(self, state):
         super().set_extra_state(state)
@@ -538,6 +641,21 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path, capsys):
     assert said.count("is no safetensors file") == 2 and not (tmp_path / "c").exists()
 
 
+def test_a_disk_that_is_full_at_export_is_said(tmp_path, capsys):
+    import resource
+
+    safetensors.torch.save_file({"x": torch.ones(100_000)}, tmp_path / "x.safetensors")
+    import_([tmp_path / "x.safetensors"], tmp_path / "a")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main(["export", str(tmp_path / "a"), str(tmp_path / "o.safetensors")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "o.safetensors: File too large" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "x.safetensors"]
+
+
 # ---- damaged, hostile, or of something else ------------------------------------------------------
 
 
@@ -709,9 +827,10 @@ def of_other_content(good, tmp_path):
                 edit(file, state__norm__bias__exp_avg=None)
 
     def state_not_described(checkpoint, manifest):
-        rest = json.loads((checkpoint / "rest/rank0.json").read_text())
-        del rest["optimizers"][0]["states"]["norm.bias"]
-        (checkpoint / "rest/rank0.json").write_text(json.dumps(rest))
+        for file in (checkpoint / "rest").glob("*.json"):
+            rest = json.loads(file.read_text())
+            rest["optimizers"][0]["states"].pop("norm.bias", None)
+            file.write_text(json.dumps(rest))
 
     def of_another_optimizer(checkpoint, manifest):
         manifest["tensors"]["optimizer-1"] = {}
@@ -721,7 +840,11 @@ def of_other_content(good, tmp_path):
         del rest["extra"]
         (checkpoint / "rest/rank0.json").write_text(json.dumps(rest))
 
+    def a_shape_that_is_no_list(checkpoint, manifest):
+        manifest["tensors"]["optimizer-0"]["state.norm.bias.step"][1] = ""
+
     for change, said in ((key_missing, "token.weight"), (one_too_many, "more"),
+                         (a_shape_that_is_no_list, "state.norm.bias.step"),
                          (listed_too, "more"), (other_shape, "norm.running_mean"),
                          (other_shape_listed, "norm.running_mean"),
                          (other_dtype, "norm.running_mean"), (overlapping, "token.weight"),
@@ -850,6 +973,12 @@ def hostile(good, tmp_path):
         rest["generators"] = {"dict": [["torch", 3]]}
         file.write_text(json.dumps(rest))
 
+    def a_generator_that_reads_beyond_its_numbers(checkpoint, manifest):
+        file = checkpoint / "rest/rank1.json"
+        text = file.read_text()
+        file.write_text(re.sub(r'\["pos", \d+\]', '["pos", 5000]', text))
+        assert file.read_text() != text
+
     def a_pipe_that_is_not_listed(checkpoint, manifest):
         del manifest["files"]["rest/rank0.safetensors"]
         (checkpoint / "rest/rank0.safetensors").unlink()
@@ -863,7 +992,8 @@ def hostile(good, tmp_path):
 
     for change in (a_pickle, a_pickle_for_json, traversal, absolute, a_link, a_linked_folder,
                    a_pipe, header_bomb, huge_shape, huge_in_the_manifest, twice_in_a_header,
-                   deep_json, other_options, other_generators, a_pipe_that_is_not_listed):
+                   deep_json, other_options, other_generators, a_pipe_that_is_not_listed,
+                   a_generator_that_reads_beyond_its_numbers):
         path = tmp_path / change.__name__
         shutil.copytree(good, path)
         rewrite(path, change)
@@ -881,7 +1011,7 @@ def hostile(good, tmp_path):
 
 def test_a_hostile_checkpoint_runs_nothing_allocates_nothing_and_writes_nothing(good, tmp_path):
     cases = [*hostile(good, tmp_path)]
-    assert len(cases) == 17
+    assert len(cases) == 18
 
     def load_all():
         return max(most_bytes(torch.device("cpu"), lambda case=case: unchanged_by(*case))
@@ -928,6 +1058,23 @@ def test_the_newest_that_was_committed_is_loaded_and_old_ones_go(tmp_path):
     found = {p.name for p in tmp_path.iterdir()}
     assert found == {"checkpoint-000003", "checkpoint-000004", "checkpoint-000005", "checkpoint-x",
                      "latest"}
+
+
+def test_what_is_no_folder_is_not_taken_for_an_empty_one(tmp_path):
+    """Or a run would start anew, and its saves remove what is there."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / ".writing-000002-x").mkdir()
+    (tmp_path / ".writing-000002-x/manifest.json").write_text("{}")
+
+    def load():
+        model, optimizer = build(1)
+        for name, kind, said in (("file", OSError, "Not a directory"), ("loop", OSError, "levels"),
+                                 (".writing-000002-x", ValueError, "never committed")):
+            with pytest.raises(kind, match=said):
+                zero_ref.load(tmp_path / name, model, optimizer)
+
+    toy.ranks(load, 2)
 
 
 @pytest.mark.parametrize(("path", "said"), [
@@ -1081,18 +1228,42 @@ def gone_meanwhile(path):
     write = shards.write
 
     def write_too_late(*args):
-        shutil.rmtree(f"{path}/.writing-000001", ignore_errors=True)  # as another run's save does
+        shards.write = write
+        if dist.get_rank() == 0:
+            folder.begin(Path(path))  # as another run's save does, whose folder is not this one
+        dist.barrier()
         return write(*args)
 
     shards.write = write_too_late
     with pytest.raises(OSError, match="another run saves in this folder, too"):
         zero_ref.save(path, model, optimizer)
-    shards.write = write
+
+
+def cleared_meanwhile(path):
+    """Another run's save has cleared half of what this one commits."""
+    model, optimizer = build(1)
+    commit, rmtree = folder.commit, shutil.rmtree
+
+    def commit_late(aside, manifest, keep):
+        def half(left, ignore_errors):
+            (left / "model/rank0-0.safetensors").unlink()
+            commit(aside, manifest, keep)
+
+        shutil.rmtree = half
+        folder.begin(Path(path))
+
+    folder.commit = commit_late
+    try:
+        with pytest.raises(OSError, match="No such file"):
+            zero_ref.save(path, model, optimizer)
+    finally:
+        folder.commit, shutil.rmtree = commit, rmtree
 
 
 def test_two_runs_in_one_folder_are_told(tmp_path):
-    toy.ranks(gone_meanwhile, 2, str(tmp_path))
-    assert not folder.committed(tmp_path)
+    for meanwhile in (gone_meanwhile, cleared_meanwhile):
+        toy.ranks(meanwhile, 2, str(tmp_path))
+        assert not folder.committed(tmp_path)
 
 
 def on_disk(path):
@@ -1122,8 +1293,9 @@ def on_disk(path):
 
 def test_all_is_on_disk_before_it_is_committed_and_old_ones_go_last(tmp_path):
     by_rank = toy.ranks(on_disk, 2, str(tmp_path))
-    aside, final = f"{tmp_path}/.writing-000002", tmp_path / "checkpoint-000002"
-    commit = by_rank[0].index(("rename", aside))
+    final = tmp_path / "checkpoint-000002"
+    commit, aside = next((number, path) for number, (name, path) in enumerate(by_rank[0])
+                         if name == "rename")
     synced = {path for name, path in [*by_rank[0][:commit], *by_rank[1]] if name == "fsync"}
     written = {str(path).replace(str(final), aside) for path in [final, *final.rglob("*")]}
     assert written <= synced and len(written) > 10
@@ -1157,6 +1329,22 @@ def test_load_reads_this_rank_s_elements_alone(good, stage):
         assert 3 * own <= read <= 3 * own + tied + buffers + steps
 
 
+def load_nan(path):
+    model, optimizer = build(2)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    zero_ref.save(path, model, optimizer)
+    other, its_optimizer = build(3)
+    zero_ref.load(path, other, its_optimizer)
+    return other.state_dict()["head.weight"]
+
+
+def test_what_is_not_a_number_is_loaded_under_both_names(tmp_path):
+    for weight in toy.ranks(load_nan, 2, str(tmp_path)):
+        assert weight.isnan().all()
+
+
 def load_untied(path):
     model = zero_ref.wrap(toy.build(), 3)
     optimizer = torch.optim.Adam(model.parameters())
@@ -1172,6 +1360,22 @@ def test_names_of_a_tied_parameter_have_the_same_values(tmp_path):
     safetensors.torch.save_file(weights, tmp_path / "untied.safetensors")
     import_([tmp_path / "untied.safetensors"], tmp_path / "a")
     toy.ranks(load_untied, 2, str(tmp_path / "a"))
+
+
+def save_one_optimizer_less(path):
+    model = zero_ref.wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), 1)
+    first, second, *others = model.parameters()
+    optimizers = [torch.optim.Adam([first, second]), torch.optim.Adam(others)]
+    model(torch.ones(2, 3)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    with pytest.raises(ValueError, match="do all ranks save the same optimizers"):
+        zero_ref.save(path, model, optimizers[: 2 - dist.get_rank()])
+
+
+def test_what_would_not_load_is_not_committed(tmp_path):
+    toy.ranks(save_one_optimizer_less, 2, str(tmp_path))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_optimizer_of_something_else_is_refused(tmp_path):
@@ -1202,6 +1406,25 @@ def stop_when_asked(wait):
 def test_sigterm_is_agreed_on_and_the_process_goes_on(wait):
     for before, stopped, left in toy.ranks(stop_when_asked, 2, wait):
         assert (before, stopped, left) == (False, True, [])
+
+
+def stop_at_once():
+    really = signal.signal
+
+    def and_it_comes(number, handler):
+        before = really(number, handler)
+        if signal.signal is and_it_comes:
+            signal.signal = really
+            os.kill(os.getpid(), signal.SIGTERM)
+        return before
+
+    signal.signal = and_it_comes
+    with zero_ref.on_sigterm() as stop:
+        return stop.agreed()
+
+
+def test_sigterm_that_comes_as_soon_as_it_is_waited_for():
+    assert toy.ranks(stop_at_once, 1) == [True]
 
 
 @pytest.mark.parametrize(("kind", "workers", "then"), [("kill", 0, 2), ("stop", 1, 3)])

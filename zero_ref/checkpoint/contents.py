@@ -30,13 +30,16 @@ class Piece(NamedTuple):
 
 class Owned(NamedTuple):
     """A parameter: its names (tied ones have several), shape, what the optimizer updates of it, and
-    which elements are this rank's to write."""
+    which elements are this rank's to write. leads: whether the first one is. Then so are states
+    that are no elements, such as a step: a rank that has no element may never have had a gradient.
+    """
 
     names: list[str]
     shape: tuple[int, ...]
     p: nn.Parameter
     begin: int
     end: int
+    leads: bool
 
     def piece(self, name: str, values: Tensor) -> Piece:
         """This rank's, of the parameter's values or of a state. It may be empty."""
@@ -55,7 +58,9 @@ def owned(model) -> list[Owned]:
             places = {f"{path}.{key}" if path else key
                       for m, key in unit.slots[i] for path in paths[m]}
             names = [name, *sorted(places - {name})]
-            found.append(Owned(names, tuple(unit.shapes[i]), p, *unit.span(i, unit.rank)))
+            begin, end = unit.span(i, unit.rank)
+            leads = begin == 0 < end if unit.sizes[i] else unit.rank == 0
+            found.append(Owned(names, tuple(unit.shapes[i]), p, begin, end, leads))
     return found
 
 
@@ -89,7 +94,7 @@ def of_model(model) -> list[Piece]:
 
 
 def of_optimizer(model, optimizer: Optimizer) -> list[Piece]:
-    """This rank's elements of all states; on rank 0 also those that have a shape of their own."""
+    """This rank's elements of all states, and of what it leads those that have another shape."""
     found = []
     with torch._C.DisableTorchFunctionSubclass():
         for one in owned(model):
@@ -97,15 +102,17 @@ def of_optimizer(model, optimizer: Optimizer) -> list[Piece]:
                 name = f"state.{one.names[0]}.{key}"
                 if _belongs_to_elements(key, value, one.p):
                     found.append(one.piece(name, value))
-                elif isinstance(value, Tensor) and model.rank == 0:
+                elif isinstance(value, Tensor) and one.leads:
                     found.append(whole(name, value))
     return found
 
 
 def described(model, optimizer: Optimizer, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """All of an optimizer that is not in its pieces: its class, its groups, with the names of their
-    parameters, and which states there are. tensors: takes those of the groups."""
+    parameters, and which states there are of those that this rank leads. tensors: takes those of
+    the groups."""
     name_of = {id(one.p): one.names[0] for one in owned(model)}
+    led = {id(one.p) for one in owned(model) if one.leads}
     kind, groups, states = type(optimizer).__name__, [], {}
     for index, group in enumerate(optimizer.param_groups):
         if not all(id(p) in name_of for p in group["params"]):
@@ -116,6 +123,8 @@ def described(model, optimizer: Optimizer, tensors: dict[str, Tensor]) -> dict[s
             {key: value for key, value in group.items() if key != "params"},
             f"group {index} of {kind}", tensors)})
         for p in group["params"]:
+            if id(p) not in led:
+                continue
             name = name_of[id(p)]
             with torch._C.DisableTorchFunctionSubclass():
                 states[name] = {
@@ -151,6 +160,8 @@ def check_generators(found: dict[str, Any], device: torch.device) -> None:
     torch.Generator().set_state(found["torch"])
     random.Random().setstate(found["python"])
     numpy.random.RandomState().set_state(found["numpy"])
+    if not 0 <= found["numpy"]["state"]["pos"] <= len(found["numpy"]["state"]["key"]):
+        raise ValueError("a generator would read beyond its numbers")  # NumPy lets it
 
 
 def restore_generators(found: dict[str, Any], device: torch.device) -> None:

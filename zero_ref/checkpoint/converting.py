@@ -48,6 +48,8 @@ def export(checkpoint: Path, out: Path) -> int:
                         file.write(part.view(torch.uint8).numpy())
             folder.sync(aside)
             aside.replace(out)
+        except OSError as error:
+            raise OSError(f"{out}: {error.strerror}") from None
         finally:
             aside.unlink(missing_ok=True)
     return len(source.listed)

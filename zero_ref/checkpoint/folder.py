@@ -2,7 +2,7 @@
 
     path/latest                     the name of the newest one
     path/checkpoint-000007/         a committed one; manifest.json lists all that is in it
-    path/.writing-000008/           one that is being written, or was when the run was killed
+    path/.writing-000008-5f3a…/     one that is being written, or was when the run was killed
 
 A checkpoint is written aside. When every file of it is on disk, the manifest is written, and then
 renaming the directory commits it: that happens wholly or not at all. `latest` moves after that, and
@@ -13,8 +13,10 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +49,13 @@ def begin(path: Path) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is no folder")
     path.mkdir(parents=True, exist_ok=True)
-    for left in (*path.glob(".writing-*"), *path.glob(".removed-*")):
+    for left in path.glob(".writing-*"):  # of another run, perhaps: it may not commit half of it
+        with suppress(OSError):
+            left.rename(path / left.name.replace("writing", "removed"))
+    for left in path.glob(".removed-*"):
         shutil.rmtree(left, ignore_errors=True)
     number = max([0, *map(_number, committed(path))]) + 1
-    aside = path / f".writing-{number:06}"
+    aside = path / f".writing-{number:06}-{secrets.token_hex(4)}"  # nor write into this one
     aside.mkdir()
     return aside
 
@@ -83,7 +88,7 @@ def commit(aside: Path, manifest: dict[str, Any], keep: int | None) -> Path:
     for directory in (*{aside / Path(name).parent for name in manifest["files"]}, aside):
         sync(directory)
     path = aside.parent
-    final = path / aside.name.replace(".writing", "checkpoint")
+    final = path / f"checkpoint-{aside.name.split('-')[1]}"
     aside.rename(final)
     try:
         sync(path)
@@ -105,18 +110,21 @@ def commit(aside: Path, manifest: dict[str, Any], keep: int | None) -> Path:
 
 def committed(path: Path) -> list[Path]:
     """The checkpoints in a folder, the newest last."""
-    found = [p for p in path.iterdir() if _NAME.fullmatch(p.name)] if path.is_dir() else []
+    try:
+        found = [p for p in path.iterdir() if _NAME.fullmatch(p.name)]
+    except FileNotFoundError:
+        return []
     return sorted(found, key=_number)
 
 
 def newest(path: Path) -> Path:
     """The checkpoint that `path` is, or the newest in that folder."""
+    if path.name.startswith((".writing-", ".removed-")):
+        raise ValueError(f"{path} was never committed: name the folder around it")
     if (path / MANIFEST).exists():
         return path
     if found := committed(path):
         return found[-1]
-    if path.name.startswith((".writing-", ".removed-")):
-        raise ValueError(f"{path} was never committed: name the folder around it")
     what = "there is no such folder" if not path.exists() else "no checkpoint was committed there"
     raise NoCheckpoint(f"{path}: {what}")
 
@@ -149,6 +157,8 @@ def check_files(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> None:
         try:
             with open_plain(checkpoint / name, checkpoint) as opened:
                 size, wanted = os.fstat(opened.fileno()).st_size, listed[name]["bytes"]
+                if type(wanted) is not int:
+                    raise TypeError
                 if size != wanted:
                     raise Damaged(f"{checkpoint / name} has {size:,} bytes, and {wanted:,} were "
                                   "written")

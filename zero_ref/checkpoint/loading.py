@@ -1,5 +1,6 @@
 """`load(path, model, optimizer)`: each rank reads what it keeps, whoever has written it."""
 
+import copy
 import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -40,7 +41,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
         finish_all()
         optimizers = listed(optimizer)
         refuse_full_params(model)
-        checkpoint = folder.newest(Path(path)).resolve() if model.rank == 0 else None
+        checkpoint = folder.newest(Path(path)).absolute() if model.rank == 0 else None
     except Exception as error:
         problem = error
     checkpoint = Path(agree(group, problem, checkpoint and str(checkpoint), "load")[0])
@@ -57,7 +58,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
             extra, generators = source.extra(), source.generators(model)
             for name, m in contents.with_extra_state(model.module).items():
                 if name in extra_states:  # whether a module takes it, it alone can tell
-                    undo.callback(m.set_extra_state, m.get_extra_state())
+                    undo.callback(m.set_extra_state, copy.deepcopy(m.get_extra_state()))
                     m.set_extra_state(extra_states[name])
         except Exception as error:
             problem = _as_damaged(checkpoint, error)
@@ -94,11 +95,15 @@ class Source:
                 if name not in self.rest:
                     raise Damaged(f"{checkpoint / 'rest/rank0.json'}: {name!r} is missing")
             self.optimizers = self.rest["optimizers"]
+            if self.optimizers is not None:
+                self._add_states_of_others()
             wanted = {"model", *(f"optimizer-{i}" for i in range(len(self.optimizers or ())))}
             for part in sorted(wanted ^ self.parts.keys()):
                 raise Damaged(f"{checkpoint / folder.MANIFEST}: the tensors of {part!r} " + (
                     "are missing" if part in wanted else "belong to nothing"))
-        except (KeyError, TypeError, AttributeError) as error:
+        except Damaged:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise Damaged(f"{checkpoint}: something is missing: {error}") from None
 
     def extra(self) -> dict[str, Any]:
@@ -117,6 +122,17 @@ class Source:
         found = self.unpacked(packed, model.rank)
         contents.check_generators(found, model.units[0].master.device)
         return found
+
+    def _add_states_of_others(self):
+        """Each rank has described the states of those parameters whose first element it has."""
+        for rank in itertools.count(1):
+            if f"rest/rank{rank}.json" not in self.manifest["files"]:
+                return
+            for one, other in zip(self.optimizers, self._rest_of(rank)["optimizers"]):
+                for name, states in other["states"].items():
+                    one["states"][name] = {
+                        key: {**how, "rank": rank} if type(how) is dict else how
+                        for key, how in states.items()}
 
     def _rest_of(self, rank):
         path = self.checkpoint / f"rest/rank{rank}.json"
@@ -165,8 +181,9 @@ def _check_model(source, model):
                              f"the checkpoint, and {tuple(shape)} {dtype} in the model")
     for one, (name, *others) in tied:
         for other in others:
-            if not torch.equal(*(_elements(source.parts["model"], key, one.p) for key in (
-                    name, other))):
+            if not torch.equal(*(  # as bits: NaN is not equal to itself
+                    _elements(source.parts["model"], key, one.p).view(-1).view(torch.uint8)
+                    for key in (name, other))):
                 raise ValueError(f"{where}: {name!r} and {other!r} are one parameter in the model, "
                                  "and differ in the checkpoint")
     return {name: source.unpacked(value) for name, value in extra_states.items()}
@@ -228,7 +245,8 @@ def _check_optimizers(source, model, optimizers):
                 type(key) is not str or key == "params" for group in options for key in group):
             raise Damaged(f"{source.checkpoint}: the options of {kind} are none")
         found.append((options, {
-            (name, key): source.unpacked(how["value"]) for name, states in saved["states"].items()
+            (name, key): source.unpacked(how["value"], how.get("rank", 0))
+            for name, states in saved["states"].items()
             for key, how in states.items() if how not in ("like the parameter", "whole")}))
     return found
 

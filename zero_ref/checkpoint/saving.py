@@ -1,6 +1,7 @@
 """`save(path, model, optimizer)`: every rank writes its own shard, and nothing is gathered."""
 
 import json
+import math
 import reprlib
 import shutil
 import sys
@@ -18,7 +19,7 @@ from ..engine.shell import Shell
 from ..ranks.rank import timeout
 from . import contents, folder, shards
 from .folder import NoCheckpoint
-from .pack import pack
+from .pack import dtype_of, pack
 
 
 class Saving:
@@ -178,10 +179,10 @@ def _rest(model, optimizers, extra):
     """What is no model's and no optimizer's tensor: (JSON, tensors)."""
     tensors = {}
     own = contents.generators(model.units[0].master.device)
-    rest = {"generators": pack(own, "the generators", tensors)}
+    rest = {"generators": pack(own, "the generators", tensors),
+            "optimizers": [contents.described(model, one, tensors) for one in optimizers]}
     if model.rank == 0:
         rest["extra"] = {name: pack(value, name, tensors) for name, value in extra.items()}
-        rest["optimizers"] = [contents.described(model, one, tensors) for one in optimizers]
         rest["extra_states"] = {name: pack(m.get_extra_state(), name, tensors)
                                 for name, m in contents.with_extra_state(model.module).items()}
     return rest, tensors
@@ -198,7 +199,10 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
         written = [file for part, of_part in pieces.items()
                    for file in shards.write(aside / part, of_part, rank)]
         written.append(aside / "rest" / f"rank{rank}.json")
-        folder.to_disk(written[-1], json.dumps(rest).encode())
+        listed = {part: {piece.name: [dtype_of(piece.values), piece.shape, piece.values.numel()]
+                         for piece in of_part if rank == 0 or piece.values.numel()}
+                  for part, of_part in pieces.items()}
+        folder.to_disk(written[-1], json.dumps({**rest, "tensors": listed}).encode())
         written.append(shards.write_plain(aside / "rest" / f"rank{rank}.safetensors", tensors))
         files = {str(file.relative_to(aside)): folder.facts(file) for file in written}
     except Exception as error:
@@ -214,7 +218,7 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
             try:
                 manifest = {"world_size": len(everyones), "files": {
                     name: facts for of_rank in everyones for name, facts in of_rank.items()},
-                    "tensors": {part: shards.listed(of_part) for part, of_part in pieces.items()}}
+                    "tensors": _complete(aside, pieces, len(everyones))}
                 final = folder.commit(aside, manifest, keep)
             except Exception as error:
                 problem = error
@@ -223,6 +227,24 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def _complete(aside, parts, world_size):
+    """dtype and shape of each tensor, as the ranks have listed them: rank 0 lacks states of what it
+    has no element of. Raises ValueError if what they have written would not load."""
+    found: dict[str, dict[str, list]] = {part: {} for part in parts}
+    missing: dict[tuple[str, str], int] = {}
+    for rank in range(world_size):
+        listed = folder.read_json(aside / f"rest/rank{rank}.json", aside)["tensors"]
+        for part, of_part in listed.items():
+            for name, (dtype, shape, numel) in of_part.items():
+                found[part][name] = [dtype, shape]
+                missing[part, name] = missing.get((part, name), math.prod(shape)) - numel
+    for (part, name), numel in missing.items():
+        if numel:
+            raise ValueError(f"{aside / part}: of {name!r}, {numel:,} elements are missing: do all "
+                             "ranks save the same optimizers?")
+    return found
 
 
 def _group_of(model):

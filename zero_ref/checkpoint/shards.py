@@ -22,16 +22,10 @@ from . import folder
 from .boxes import Box, boxes
 from .contents import Piece
 from .folder import Damaged
-from .pack import DTYPES, dtype_of
+from .pack import DTYPES
 
 HEADER = "DCP_SHARDING_INFO"
 _LARGEST_HEADER = 1 << 25  # bytes: some 200,000 tensors
-
-
-def listed(pieces: Sequence[Piece]) -> dict[str, list]:
-    """dtype and shape of each tensor, for the manifest."""
-    return {piece.name: [dtype_of(piece.values), list(piece.shape)]
-            for piece in pieces}
 
 
 def write(directory: Path, pieces: Sequence[Piece], rank: int) -> list[Path]:
@@ -57,16 +51,16 @@ def write(directory: Path, pieces: Sequence[Piece], rank: int) -> list[Path]:
 
 def write_plain(file: Path, tensors: dict[str, Tensor]) -> Path:
     """Whole tensors, which are on disk then."""
-    _save(tensors, file, {}, lambda values: values.untyped_storage().data_ptr())
+    _save(tensors, file, {})
     return file
 
 
-def _save(tensors, file, header, place_of=Tensor.data_ptr):
-    seen, own = set(), {}
-    for name, values in tensors.items():  # safetensors refuses what shares memory
-        place = place_of(values)
-        own[name] = values.clone() if place in seen else values
-        seen.add(place)
+def _save(tensors, file, header):
+    own, end = {}, 0
+    for name, values in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        begin = values.data_ptr()  # safetensors refuses what shares memory
+        own[name] = values.clone() if begin < end else values
+        end = max(end, begin + values.nbytes)
     try:
         save_file(own, file, {"format": "pt", **header})
     except SafetensorError as error:
@@ -85,7 +79,8 @@ class Shards:
     def __init__(self, checkpoint: Path, files: Iterable[str], listed: dict[str, list]):
         self.directory, self.listed = checkpoint, listed
         for name, (dtype, shape) in listed.items():
-            whole = all(type(n) is int and n >= 0 for n in shape)  # 5.0 would equal a 5
+            whole = type(shape) is list and all(  # 5.0 would equal a 5
+                type(n) is int and n >= 0 for n in shape)
             if dtype not in DTYPES or not whole or math.prod(n or 1 for n in shape) >= 1 << 63:
                 raise Damaged(f"{checkpoint / folder.MANIFEST}: {name!r} would be {shape} {dtype}")
         self._opened = ExitStack()

@@ -45,7 +45,7 @@ def on_sigterm() -> Iterator[Stop]:
     os.set_blocking(written, False)
 
     def asked(*_):
-        for each in inside:
+        for each in (stop, *inside):  # it may come before this one is in the list
             each.asked = True
 
     def watch():
