@@ -189,14 +189,15 @@ def soak():
     rows = [f"| {SAID[kind]} | {len(steps)} | {len(steps)} | {sum(steps)} |"
             for kind, steps in found.items()]
     text = "\n".join([
-        f"Run on {date.today():%Y-%m-%d}, torch {torch.__version__}, in "
-        f"{time.monotonic() - start:.0f} s, at stages 0 to 3 on two or three\nranks, a third with "
-        "a DataLoader's worker. What is started again is so on one to four ranks:", "",
+        f"It ran on {date.today():%Y-%m-%d} with torch {torch.__version__}, in "
+        f"{time.monotonic() - start:.0f} s, at stages 0 to 3 on two or three\nranks, and a third "
+        "of the runs had a DataLoader worker. Runs that were started again had\none to four "
+        "ranks:", "",
         "| what happened | how often | survived, with the undisturbed run's weights | steps lost "
         "beyond the last save |", "|---|---|---|---|", *rows])
     print(text)
     if args.table:
-        page = args.table.read_text().partition("Run on ")[0].rstrip()
+        page = args.table.read_text().partition("It ran on ")[0].rstrip()
         args.table.write_text(f"{page}\n\n{text}\n")
 
 

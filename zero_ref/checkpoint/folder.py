@@ -48,7 +48,9 @@ def begin(path: Path) -> Path:
                          "be written there")
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is no folder")
-    path.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.mkdir(parents=True)
+        sync(path.parent)
     for left in path.glob(".writing-*"):  # of another run, perhaps: it may not commit half of it
         with suppress(OSError):
             left.rename(path / left.name.replace("writing", "removed"))

@@ -26,9 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("zero-ref: interrupted; all ranks were stopped", file=sys.stderr)
         return 130
     except RankError as error:
-        # A ValueError is about what was asked for, and says so in one sentence; anything else is
-        # a fault, and its traceback is what helps.
-        print(f"zero-ref: {error.reason if error.kind == 'ValueError' else error}", file=sys.stderr)
+        # These are about what was asked for, and say so in one sentence; anything else is a fault,
+        # and its traceback is what helps.
+        asked_for = error.kind in ("ValueError", "Damaged", "NoCheckpoint", "OSError")
+        print(f"zero-ref: {error.reason if asked_for else error}", file=sys.stderr)
         return 2
     except (ValueError, OSError) as error:
         print(f"zero-ref: {error}", file=sys.stderr)
@@ -65,8 +66,8 @@ def _parser():
     train.add_argument("--stage", type=int, required=True, choices=[0, 1, 2, 3])
     train.add_argument("--checkpoint-dir", type=Path, metavar="DIR",
                        help="save checkpoints there, and go on from the newest: under torchrun's "
-                            "--max-restarts a run survives what happens to its ranks. On SIGTERM "
-                            "they save once more, and end")
+                            "--max-restarts a run survives what happens to its ranks, and on "
+                            "SIGTERM they save once more, and end")
     train.add_argument("--checkpoint-every", type=int, default=10, metavar="K",
                        help="steps between two checkpoints; default: 10")
 

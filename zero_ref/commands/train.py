@@ -1,6 +1,7 @@
 """One training run of one stage, on the ranks that are there."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +71,8 @@ def train(make_task: Callable[[], Task], stage: int, *, steps: int, device: str,
                 stopped = stop.agreed(model.group)
                 if stopped or done == steps or done % checkpoint_every == 0:
                     save(checkpoint_dir, model, opt, keep=KEPT, step=done)
+    if stopped:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who asks once more gets no other status
     if not times:  # it had been done, and died after its last save
         batch = task.batch_on(device, steps - 1, rank)
         samples, held = world_size * len(tensors_in(batch)[0]), memory.resident(model, opt)
