@@ -1229,6 +1229,7 @@ def gone_meanwhile(path):
 
     def write_too_late(*args):
         shards.write = write
+        dist.barrier()  # all have found their folder
         if dist.get_rank() == 0:
             folder.begin(Path(path))  # as another run's save does, whose folder is not this one
         dist.barrier()
