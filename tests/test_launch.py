@@ -503,7 +503,8 @@ zero_ref.launch(stuck, 2)
 """
 
 
-@pytest.mark.parametrize("how, whom", [("SIGINT", "all"), ("SIGKILL", "caller")])
+@pytest.mark.parametrize("how, whom", [("SIGINT", "all"), ("SIGINT", "caller"),
+                                       ("SIGTERM", "caller"), ("SIGKILL", "caller")])
 def test_no_orphans_after_ctrl_c_or_worse(tmp_path, how, whom):
     process = start(tmp_path, STUCK, TMPDIR=str(tmp_path))
     pids = [int(n) for _ in range(2) for n in process.stdout.readline().split()[-2:]]

@@ -242,7 +242,7 @@ def can_train(example):
 
 
 # The same examples in every run.
-SETTINGS = settings(max_examples=40, derandomize=True, database=None, deadline=None,
+SETTINGS = settings(max_examples=60, derandomize=True, database=None, deadline=None,
                     suppress_health_check=list(HealthCheck))
 
 

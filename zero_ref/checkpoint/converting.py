@@ -49,7 +49,7 @@ def export(checkpoint: Path, out: Path) -> int:
             folder.sync(aside)
             aside.replace(out)
         except OSError as error:
-            raise OSError(f"{out}: {error.strerror}") from None
+            raise OSError(f"{out}: {error.strerror or error}") from None
         finally:
             aside.unlink(missing_ok=True)
     return len(source.listed)
