@@ -14,7 +14,7 @@ import torch.distributed as dist
 import toy
 from torch import nn
 from torch.autograd import forward_ad
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref.engine import check
@@ -56,7 +56,7 @@ def values(model):
 
 def train(stage, loss_of, steps=3, net=UNet, optimizer="sgd", **options):
     """A few steps with the loss that loss_of(model, step) returns; None is torch DDP."""
-    torch.manual_seed(0)
+    seed(0)
     model = wrap(net(), stage, **options)
     opt = toy.OPTIMIZERS[optimizer](model.parameters())
     for step in range(steps):
@@ -193,7 +193,7 @@ def test_nothing_is_sent_for_gradients_that_are_not_accumulated(stage):
 def test_backward_into_some_of_the_modules_parameters(stage):
     """inputs=…: the others have no gradient. Each rank adds up its own part."""
     def run():
-        torch.manual_seed(0)
+        seed(0)
         model = zero_ref.wrap(UNet(), stage)
         model(data(0)).sum().backward(inputs=[model.module.scale])
         found = {name: p.grad for name, p in model.named_parameters()}
@@ -291,7 +291,7 @@ def test_transforms(world_size):
     def run():
         warnings.simplefilter("ignore")  # what linearize says about graphs of torch.fx
         for stage in STAGES:
-            torch.manual_seed(0)
+            seed(0)
             model, plain = zero_ref.wrap(UNet(), stage), UNet()
             plain.load_state_dict(model.state_dict())
             for how, transform in (FUNC | WITHOUT_FUNC).items():
@@ -382,7 +382,7 @@ class Spectrum(nn.Module):
 def test_complex_parameters(norm_type, world_size):
     """With decay and momentum, which a gradient of zeros for an unused parameter would show."""
     def run(stage):
-        torch.manual_seed(0)
+        seed(0)
         model, norms = wrap(Spectrum(), stage), []
         opt = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=0.1)
         for step in range(3):
@@ -401,7 +401,7 @@ def test_complex_parameters(norm_type, world_size):
 
 def test_complex_parameters_keep_their_dtype_in_mixed_precision():
     def run(stage):
-        torch.manual_seed(0)
+        seed(0)
         model = zero_ref.wrap(Spectrum(), stage, mixed_precision=zero_ref.MixedPrecision(
             keep=Spectral))
         opt = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -425,7 +425,7 @@ def test_complex_parameters_keep_their_dtype_in_mixed_precision():
 def test_a_frozen_teacher_is_sharded_alone(world_size):
     """It is read, and gives gradients to its input; nothing of it is reduced."""
     def run():
-        torch.manual_seed(0)
+        seed(0)
         teacher, plain = UNet().requires_grad_(False), UNet()
         plain.load_state_dict(teacher.state_dict())
         model = zero_ref.wrap(teacher.eval(), 3)
@@ -477,7 +477,7 @@ def test_the_whole_model_compiled(backend):
             weights = []
             for compiled in (True, False):
                 torch.compiler.reset()
-                torch.manual_seed(0)
+                seed(0)
                 model = zero_ref.wrap(Everything(), stage)
                 f = torch.compile(model, backend=backend) if compiled else model
                 frames = torch._dynamo.utils.counters["frames"]

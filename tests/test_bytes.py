@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy
-from toy import STAGES, padded
+from toy import STAGES, padded, seed
 
 import zero_ref
 from zero_ref import comm, memory
@@ -54,7 +54,7 @@ class Deep(torch.nn.Sequential):
 def most_during_a_step(stage, overlap):
     """The largest resident bytes seen in any layer's forward or backward, and the peak of all
     tensors, with a batch of one sample."""
-    torch.manual_seed(0)
+    seed(0)
     module = Deep()
     model = zero_ref.wrap(module, stage, overlap=overlap, bucket_cap_mb=0)
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -231,7 +231,7 @@ def test_one_bucket_is_gathered_ahead(units):
 
 def used_again(cap):
     """The first unit runs once more after the second one."""
-    torch.manual_seed(0)
+    seed(0)
     first, second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     module = torch.nn.ModuleList([first, second])
     module.forward = lambda x: first(second(first(x)))

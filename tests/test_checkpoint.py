@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import toy
 from torch import nn
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref import viz
@@ -93,7 +93,7 @@ def save_at_all_stages(path):
     """Train, save, and train on. Returns the weights at the end and the numbers drawn then."""
     found = []
     for stage in STAGES:
-        torch.manual_seed(100 * stage + dist.get_rank())
+        seed(100 * stage + dist.get_rank())
         random.seed(stage)
         numpy.random.seed(stage)
         # BatchNorm computes with a rank's own samples, of which there are more on fewer ranks.
@@ -111,7 +111,7 @@ def load_at_all_stages(paths):
     for stage in STAGES:
         model, optimizer = build(stage, norm=False)
         for path in paths:
-            torch.manual_seed(7)
+            seed(7)
             extra = zero_ref.load(path, model, optimizer)
             assert f"/{extra['stage']}/" in f"{path}/"
             drawn = [torch.rand(()), random.random(), numpy.random.rand()]
@@ -554,7 +554,7 @@ def test_only_safetensors_and_json_are_on_disk(tmp_path):
 
 
 def plain():
-    torch.manual_seed(dist.get_rank())
+    seed(dist.get_rank())
     return nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5), nn.Linear(5, 3))
 
 
@@ -664,7 +664,7 @@ def unchanged_by(path, expected, stage=3, build_other=None):
     model, optimizer = (build_other or build)(stage)
     if build_other is None:
         train(model, optimizer, [5])
-    torch.manual_seed(3)
+    seed(3)
     before = snapshot(model, optimizer)
     with pytest.raises(ValueError, match=re.escape(expected[0])) as caught:
         zero_ref.load(path, model, optimizer)

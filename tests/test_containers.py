@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import toy
 from torch import nn
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 
@@ -37,7 +37,7 @@ def batch(step):
 
 
 def build(kind):
-    torch.manual_seed(0)
+    seed(0)
     nets = net(3), net(1)
     if kind == "ddp":
         return Agent(*map(nn.parallel.DistributedDataParallel, nets))
@@ -270,7 +270,7 @@ class Decaying(nn.Linear):
 
 def compiled(kind, whole):
     torch._dynamo.reset()
-    torch.manual_seed(0)
+    seed(0)
     module = nn.Sequential(Decaying(IN, IN), Decaying(IN, IN))
     if not whole:
         for unit in module:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 import toy
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref import comm, memory
@@ -47,7 +47,7 @@ class Layer(nn.Module):
 
 
 def build():
-    torch.manual_seed(0)
+    seed(0)
     return nn.Sequential(*[Layer() for _ in range(4)])
 
 
@@ -159,7 +159,7 @@ class Branch(nn.Module):
 def diverge(stage, how, timeout=2.0, from_env=False):
     """One good step, then something that only rank 1 does."""
     rank = dist.get_rank()
-    torch.manual_seed(0)
+    seed(0)
     net = nn.Sequential(Branch(), nn.Linear(WIDTH, WIDTH))
     with mock.patch.dict(os.environ, {"ZERO_REF_CHECK": "1"} if from_env else {}):
         model = zero_ref.wrap(net, stage, units=nn.Linear, check=not from_env, bucket_cap_mb=0)

@@ -11,7 +11,7 @@ import toy
 from test_model import WIDTH, Layer, Stack, compare, data
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 
@@ -53,7 +53,7 @@ def test_a_gradient_that_is_stopped_inside_of_a_unit(cap):
 @pytest.mark.parametrize("cap", [0, 1])
 def test_plain_and_checkpointed_again(cap):
     def run(stage):
-        torch.manual_seed(0)
+        seed(0)
         model = zero_ref.wrap(Mixed(["plain", "checkpoint"]), stage, units=Layer,
                               bucket_cap_mb=cap if stage == 3 else 1)
         opt = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -70,7 +70,7 @@ def test_plain_and_checkpointed_again(cap):
 def test_what_a_rank_keeps_of_outputs_decides_nothing(stage):
     """Forwards with a graph and no backward, whose outputs rank 0 holds, and units of one size."""
     def run():
-        torch.manual_seed(0)
+        seed(0)
         model = zero_ref.wrap(Stack([Layer(), Layer(), Layer()]), stage, bucket_cap_mb=0)
         kept = []
         for step in range(3):
@@ -149,7 +149,7 @@ def test_a_failed_backward_keeps_no_memory(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_write_to_the_optimizers_parameters_is_in_the_next_state_dict(stage):
     def run():
-        torch.manual_seed(0)
+        seed(0)
         model = zero_ref.wrap(Layer(), stage)
         with torch.no_grad():
             for p in model.parameters():

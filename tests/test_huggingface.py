@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 
@@ -54,7 +54,7 @@ def batch(name, step, rank):
 
 def wrapped(name, stage, meta=False, checkpointing=False, by_class=False, **options):
     """The model at this stage, or in torch's DDP. Different initial values on every rank."""
-    torch.manual_seed(dist.get_rank())
+    seed(dist.get_rank())
     with torch.device("meta" if meta else "cpu"):
         module, layer = build(name)
     if checkpointing:
@@ -122,7 +122,7 @@ def generate(name):
     tokens = []
     for stage in STAGES:
         model = train(name, stage)[0].eval()
-        torch.manual_seed(0)
+        seed(0)
         with model.full_params():
             tokens.append(model.module.generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6,

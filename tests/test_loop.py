@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import toy
 from torch import nn
 from torch.optim import lr_scheduler
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref.engine.local import LocalGrad
@@ -282,7 +282,7 @@ class Skips(nn.Module):
 
 
 def second_unit_only_inside_no_sync(stage):
-    torch.manual_seed(0)
+    seed(0)
     module = Skips()
     model = module if stage is None else zero_ref.wrap(module, stage)
     ranks = (0, 1) if stage is None else (dist.get_rank(),)
@@ -362,7 +362,7 @@ def test_twice_through_a_graph():
 
 def penalised(stage):
     """The gradient with respect to the input is part of the loss."""
-    torch.manual_seed(0)
+    seed(0)
     module = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
     model = module if stage is None else zero_ref.wrap(module, stage)
     ranks = (0, 1) if stage is None else (dist.get_rank(),)
@@ -457,7 +457,7 @@ def of_all(models):
 
 def adversaries(stage):
     """Two models whose losses run through each other, with an optimizer each."""
-    torch.manual_seed(0)
+    seed(0)
     modules = [nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)),
                nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))]
     if stage is None:
@@ -497,7 +497,7 @@ class OnRank1(nn.Module):
 
 def two_in_one_backward(stage):
     """The critic's gradients are late on rank 0; the maker's, of the same sizes, are not."""
-    torch.manual_seed(0)
+    seed(0)
     maker = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     critic = nn.Sequential(nn.Linear(3, 3), OnRank1(), nn.Linear(3, 3))
     bare, ranks = stage is None, (0, 1) if stage is None else (dist.get_rank(),)

@@ -11,7 +11,7 @@ import toy
 from torch import nn
 from torch.optim import optimizer
 from torch.utils.checkpoint import checkpoint
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 
@@ -30,7 +30,7 @@ def compare(build, units=None, world_size=2, steps=2, change=None, dtype=torch.f
     change(module, step): called before each step, on the bare module's attributes.
     """
     def run(stage):
-        torch.manual_seed(0)
+        seed(0)
         module = build()
         model = module if stage is None else zero_ref.wrap(module, stage, units=units, **options)
         opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -49,7 +49,7 @@ def compare(build, units=None, world_size=2, steps=2, change=None, dtype=torch.f
     ours = toy.ranks(run, world_size, 3, dtype=dtype)[0]
     with toy.new_tensors_in(dtype):
         alone = run(None)
-        torch.manual_seed(0)
+        seed(0)
         assert not toy.equal(alone, build().state_dict())  # or nothing was tried
     assert toy.close(ours, alone, within)
     return weights
@@ -134,7 +134,7 @@ def test_branches_of_the_root(numel):
 def test_unused_with_torch_ddp():
     """That is what DDP does with find_unused_parameters."""
     def run(kind):
-        torch.manual_seed(0)
+        seed(0)
         module = sometimes((1,))()
         module.rank = dist.get_rank()
         model = (nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
@@ -161,7 +161,7 @@ def test_frozen_and_unfrozen_in_mid_training():
 
 
 def frozen_by_the_optimizers_parameters(stage):
-    torch.manual_seed(0)
+    seed(0)
     model = zero_ref.wrap(Stack([Layer(), Layer()]), stage)
     opt = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     before = model.state_dict()
@@ -207,7 +207,7 @@ class LowRank(nn.Module):
 
 def test_almost_everything_frozen():
     weights = compare(lambda: Stack([LowRank() for _ in range(3)]), world_size=3)
-    torch.manual_seed(0)
+    seed(0)
     initial = Stack([LowRank() for _ in range(3)]).state_dict()
     for name, value in weights.items():
         assert torch.equal(value, initial[name]) == ("frozen" in name)
@@ -232,7 +232,7 @@ class Tied(nn.Module):
 def test_tied_parameters(units, world_size):
     weights = compare(Tied, units, world_size)
     names = ["first.0.weight", "second.0.weight", "second.2.weight"]
-    torch.manual_seed(0)
+    seed(0)
     before = Tied().state_dict()
     for name in names:
         assert torch.equal(weights[name], weights[names[0]])
@@ -333,7 +333,7 @@ def test_a_unit_used_twice(reshard_after_forward, order):
 
 
 def twice_through_the_graph_of_a_unit_used_twice(stage):
-    torch.manual_seed(0)
+    seed(0)
     model = zero_ref.wrap(Twice((0, 1, 1, 0, 2)), stage)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     loss = model(data(0, dist.get_rank())).square().mean()
@@ -664,7 +664,7 @@ def test_compiled_units(stage):
     """Compiled before or after wrapping, one by one, with a backend that needs no C++ compiler."""
     def run(when):
         torch.compiler.reset()  # nothing is compiled yet
-        torch.manual_seed(0)
+        seed(0)
         net = Stack([Layer(), Layer()])
         if when == "before":
             net.layers.apply(compile_layer)

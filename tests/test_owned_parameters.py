@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import toy
 from torch import nn
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref.engine import check
@@ -22,7 +22,7 @@ from zero_ref.engine.slices import GradSlice
 
 
 def net():
-    torch.manual_seed(0)
+    seed(0)
     return nn.Sequential(nn.Linear(6, 7), nn.Tanh(), nn.Linear(7, 3))
 
 
@@ -98,7 +98,7 @@ class Halves(nn.Module):
 @pytest.mark.parametrize("foreach", [False, True])
 def test_what_is_local_is_zeroed_together_with_what_is_reduced(foreach):
     def run(stage):
-        torch.manual_seed(0)
+        seed(0)
         model = zero_ref.wrap(Halves(), stage)
         opt = torch.optim.SGD(model.parameters(), lr=0.1, foreach=foreach)
         model(data(0), half=True).sum().backward()

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import toy
 from torch import nn
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref import MixedPrecision, memory
@@ -108,7 +108,7 @@ class Head(nn.Module):
 
 def test_keep_is_for_all_that_is_inside():
     def run(stage):
-        torch.manual_seed(0)
+        seed(0)
         net = nn.Sequential(nn.Linear(4, 4), Head(), nn.Linear(2, 2))
         model = zero_ref.wrap(net, stage, mixed_precision=MixedPrecision(keep=Head))
         opt = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -129,7 +129,7 @@ def build(spec, now, tied, shared):
 
 
 def build_on(rank, example):
-    torch.manual_seed(rank)  # different initial values on every rank
+    toy.seed(rank)  # different initial values on every rank
     now = SimpleNamespace(rank=rank, forward=0)
     return build(example.tree, now, {}, {}), now
 

@@ -5,7 +5,7 @@ from unittest import mock
 import pytest
 import torch
 import toy
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 from zero_ref import comm
@@ -98,7 +98,7 @@ def test_clipping_by_the_global_norm(norm_type):
 def unused(stage):
     """A parameter that no rank uses, and one that only rank 1 uses."""
     rank = torch.distributed.get_rank()
-    torch.manual_seed(rank)
+    seed(rank)
     module = torch.nn.ModuleDict({k: torch.nn.Linear(3, 3) for k in ("used", "rank1", "never")})
     module.forward = lambda x: module["rank1"](module["used"](x)) if rank else module["used"](x)
     # At stage 3 all ranks have to run the same units: here the root is the only one.
@@ -113,7 +113,7 @@ def unused(stage):
 
 def test_parameters_without_a_gradient_do_not_hang():
     reference = toy.stages_agree(unused, 2)[0][0]
-    torch.manual_seed(0)
+    seed(0)
     initial = {k: torch.nn.Linear(3, 3) for k in ("used", "rank1", "never")}
     assert not torch.equal(reference["rank1.weight"], initial["rank1"].weight)
     assert torch.equal(reference["never.weight"], initial["never"].weight)

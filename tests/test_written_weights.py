@@ -9,7 +9,7 @@ import torch.distributed as dist
 import toy
 from torch import nn
 from torch.nn.utils import prune
-from toy import STAGES
+from toy import STAGES, seed
 
 import zero_ref
 
@@ -97,7 +97,7 @@ def wrap(net, kind, **options):
 
 def train(build, kind, idle=False, **options):
     """idle: with a forward before each step that no backward follows."""
-    torch.manual_seed(0)
+    seed(0)
     net = build()
     model = wrap(net, kind, **options)
     opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
@@ -211,7 +211,7 @@ DISCRIMINATORS = {
 
 
 def gan(build, kind):
-    torch.manual_seed(0)
+    seed(0)
     net = build()
     model = wrap(net, kind)
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -255,7 +255,7 @@ def refusals(cases, world_size=2, stages=STAGES, **options):
 
 
 def _refusal(build, do, stage, options):
-    torch.manual_seed(0)
+    seed(0)
     model = zero_ref.wrap(build(), stage, **options)
     try:
         do(model)
@@ -410,7 +410,7 @@ def test_modules_without_parameters_may_change():
 
 def averaged(stage):
     """An average of the weights, kept in a copy of the bare module."""
-    torch.manual_seed(0)
+    seed(0)
     model = zero_ref.wrap(Plain(), stage, mixed_precision=zero_ref.MixedPrecision())
     with model.full_params():
         average = torch.optim.swa_utils.AveragedModel(model.module)

@@ -24,7 +24,6 @@ from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup as Group
 
@@ -132,8 +131,8 @@ def _sum(parts: Tensors, out: Tensor, divide_by: int) -> None:
     """
     if out.is_complex():  # whose operations lose the sign of a zero, see engine/backward.py
         parts, out = [torch.view_as_real(part) for part in parts], torch.view_as_real(out)
-    size = _CACHED if out.device.type == "cpu" else max(out.numel(), 1)
-    for *pieces, result in zip(*[part.split(size) for part in (*parts, out)]):
+    chunks = max(1, -(-out.numel() // _CACHED)) if out.device.type == "cpu" else 1
+    for *pieces, result in zip(*[part.chunk(chunks) for part in (*parts, out)]):
         total = pieces[0]
         for piece in pieces[1:]:
             total = torch.add(total, piece, out=total if piece is not pieces[-1] else result)
@@ -142,8 +141,8 @@ def _sum(parts: Tensors, out: Tensor, divide_by: int) -> None:
 
 def rank_slice(flat: Tensor, group: Group) -> Tensor:
     """flat: (world_size * n,) → this rank's slice of it, (n,)."""
-    numel = flat.numel() // dist.get_world_size(group)
-    return flat[dist.get_rank(group) * numel :][:numel]
+    numel = flat.numel() // group.size()
+    return flat[group.rank() * numel :][:numel]
 
 
 def _listed(buffers: Buffers) -> Tensors:
@@ -154,12 +153,11 @@ def _pack(flats: Tensors, group: Group) -> Tensor:
     """Several flat buffers as one: slice r of it holds slice r of each."""
     if len(flats) == 1:
         return flats[0]
-    world_size = dist.get_world_size(group)
-    return torch.cat([flat.view(world_size, -1) for flat in flats], dim=1).view(-1)
+    return torch.cat([flat.view(group.size(), -1) for flat in flats], dim=1).view(-1)
 
 
 def _unpack(packed: Tensor, flats: Tensors, group: Group) -> None:
-    world_size = dist.get_world_size(group)
+    world_size = group.size()
     sizes = [flat.numel() // world_size for flat in flats]
     for flat, part in zip(flats, packed.view(world_size, -1).split(sizes, dim=1)):
         flat.view(world_size, -1).copy_(part)
@@ -179,7 +177,7 @@ def _begin(op: str, flats: Tensors, group: Group, unit: str, phase: str) -> trac
     numel, nbytes = sum(flat.numel() for flat in flats), sum(flat.nbytes for flat in flats)
     dtype = flats[0].dtype
     check.compare(group, op, unit, phase, numel, dtype)
-    rank, n = dist.get_rank(group), dist.get_world_size(group)
+    rank, n = group.rank(), group.size()
     wire_bytes = {
         "broadcast": (n - 1) * nbytes if rank == 0 else 0,
         "reduce_scatter": (n - 1) * nbytes // n,

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from .engine import units as rules
 from .engine.backward import is_used_elsewhere, nobody_had_it
 from .engine.owned import master_parameter
-from .engine.slices import GradSlice
+from .engine.slices import GradSlice, unmarked
 
 FULL, SHARD = "full", "shard"
 ALIGNMENT = 16  # bytes: what vectorized kernels want, and as much as the largest dtype has
@@ -197,7 +197,7 @@ class Unit(Layout):
             if not p.requires_grad or (index in missing and nobody_had_it(grad)):
                 continue
             # Detached, it may be edited in place as no view of autograd's may.
-            grad = grad.detach() if p.grad is None else p.grad.add_(grad)
+            grad = grad.detach() if p.grad is None else unmarked(p.grad).add_(grad)
             p.grad = grad if self.keeps.states == FULL else grad.as_subclass(GradSlice)
         return added
 

@@ -15,8 +15,11 @@ from weakref import WeakValueDictionary
 import torch
 import torch.distributed as dist
 
+from . import transport
+
 _checkers = WeakValueDictionary()  # name of a group -> the Checker of the models that live there
 _NUMEL = 512  # bytes of a message
+_TAG = 1915  # of messages, see transport.py
 
 
 def wanted() -> bool:
@@ -33,35 +36,34 @@ class Checker:
     """Checks the collectives of a group for as long as a model holds it."""
 
     def __init__(self, group: dist.ProcessGroup):
-        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
-        # A group of its own, because NCCL carries no host memory.
-        self.group = dist.new_group(dist.get_process_group_ranks(group), backend="gloo",
-                                    use_local_synchronization=True)
+        self.rank, self.world_size = group.rank(), group.size()
+        # NCCL carries no host memory. Another group of gloo's would have a thread of its own, which
+        # polls, in each rank.
+        self.group = group if transport.on_gloo(torch.device("cpu"), group) else dist.new_group(
+            dist.get_process_group_ranks(group), backend="gloo", use_local_synchronization=True)
         self.last = "nothing yet"
 
     def compare(self, mine: str) -> None:
         """Raises RuntimeError on every rank unless all of them are about to do the same."""
-        message = torch.zeros(_NUMEL, dtype=torch.uint8)
-        encoded = mine.encode()[:_NUMEL]
-        message[: len(encoded)] = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        answers = {r: torch.empty_like(message) for r in range(self.world_size) if r != self.rank}
-        works = {r: dist.irecv(answer, group=self.group, group_src=r)
-                 for r, answer in answers.items()}
-        sent = [dist.isend(message, group=self.group, group_dst=r) for r in answers]
-        plans = {self.rank: mine}
+        said = torch.zeros(self.world_size, _NUMEL, dtype=torch.uint8)  # by rank
+        encoded = bytearray(mine.encode()[:_NUMEL])
+        said[self.rank, : len(encoded)] = torch.frombuffer(encoded, dtype=torch.uint8)
+        others, seconds = [r for r in range(self.world_size) if r != self.rank], timeout()
+        works = {r: self.group.recv([said[r]], r, _TAG) for r in others}
+        sent = [self.group.send([said[self.rank]], r, _TAG) for r in others]
         for rank, work in works.items():
             try:
-                work.wait(timedelta(seconds=timeout()))
+                work.wait(timedelta(seconds=seconds))
             except RuntimeError:
                 raise RuntimeError(
                     f"rank {rank} is missing: rank {self.rank} is about to {mine}, and for "
-                    f"{timeout():g} s or because its process is gone nothing came from rank "
+                    f"{seconds:g} s or because its process is gone nothing came from rank "
                     f"{rank}, which before that went to {self.last}") from None
-            plans[rank] = bytes(answers[rank].tolist()).rstrip(b"\0").decode(errors="replace")
         for work in sent:
             work.wait()
-        if len(set(plans.values())) > 1:
-            everyone = "; ".join(f"rank {rank} to {plans[rank]}" for rank in sorted(plans))
+        if not torch.equal(said[1:], said[:-1]):
+            plans = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in said]
+            everyone = "; ".join(f"rank {rank} to {plan}" for rank, plan in enumerate(plans))
             raise RuntimeError(f"the ranks diverge, they are about to do different things: "
                                f"{everyone}; before that all went to {self.last}")
         self.last = mine

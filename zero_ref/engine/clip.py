@@ -39,7 +39,7 @@ def clip_grad_norm_(model, max_norm: float, norm_type: float) -> Tensor:
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
     for _, _, p in params:
         if p.grad is not None:
-            p.grad.mul_(scale)
+            plain(p.grad).mul_(scale)
     return total
 
 

@@ -35,7 +35,7 @@ def flatten(units: list, module: nn.Module, group: dist.ProcessGroup) -> None:
             unit.flatten()
     homes = {m for unit in on_meta for places in unit.slots for m, _ in places}
     here = {p for unit in units for p in unit.params}
-    for name, submodule in module.named_modules():
+    for name, submodule in module.named_modules() if homes else ():
         if submodule in homes and not here.issuperset(submodule.parameters(recurse=False)):
             raise ValueError(f"{name!r} was built on the meta device, but its parameters belong to "
                              "two units, because one of them is tied: it cannot be initialized "

@@ -6,7 +6,8 @@ element; anything else is refused, with the way that is right. Which operators w
 element is known to torch, which tags them `pointwise`.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -225,6 +226,13 @@ class PartOfSum(Marked):
 
 
 KINDS = GradSlice, ParamSlice, PartOfSum
+
+
+@contextmanager
+def without_marks() -> Iterator[None]:
+    """For code that looks at many tensors and computes nothing: asking the class takes longer."""
+    with torch._C.DisableTorchFunctionSubclass():
+        yield
 
 
 def unmarked(x):

@@ -38,8 +38,7 @@ _KEEP = 8 << 20
 
 def on_gloo(device: torch.device, group: Group) -> bool:
     """Whether the group's backend for tensors of this device is gloo, and not a built-in one."""
-    by_device = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return by_device[device.type] == "gloo"
+    return f"{device.type}:gloo" in dist.get_backend_config(group)
 
 
 def all_to_all(flat: Tensor, out: Tensor, group: Group, op: str) -> Steps:
@@ -51,7 +50,7 @@ def all_to_all(flat: Tensor, out: Tensor, group: Group, op: str) -> Steps:
         landing = torch.empty_like(flat)
         yield [dist.all_to_all_single(landing, flat, group=group, async_op=True)]
         return _slices(landing, group)
-    slices, rank = _slices(flat, group), dist.get_rank(group)
+    slices, rank = _slices(flat, group), group.rank()
     recv = {r: torch.empty_like(out) for r in _others(group)}
     if recv and slices[rank].data_ptr() != out.data_ptr():
         recv[next(iter(recv))] = out
@@ -64,7 +63,7 @@ def all_gather(flat: Tensor, shard: Tensor, group: Group, op: str) -> Steps:
     if not on_gloo(flat.device, group):
         yield [_built_in_all_gather(flat, shard, group=group, async_op=True)]
         return
-    slices, others, rank = _slices(flat, group), _others(group), dist.get_rank(group)
+    slices, others, rank = _slices(flat, group), _others(group), group.rank()
     if slices[rank].data_ptr() != shard.data_ptr():
         slices[rank].copy_(shard)
     yield from _exchange(group, op, {r: shard for r in others}, {r: slices[r] for r in others})
@@ -75,7 +74,7 @@ def broadcast(flat: Tensor, group: Group) -> Steps:
     if not on_gloo(flat.device, group):
         yield [dist.broadcast(flat, group=group, group_src=0, async_op=True)]
         return
-    first = dist.get_rank(group) == 0
+    first = group.rank() == 0
     send, recv = {r: flat for r in _others(group) if first}, {} if first else {0: flat}
     yield from _exchange(group, "broadcast", send, recv)
 
@@ -86,7 +85,7 @@ def all_gather_bytes(data: Tensor, group: Group) -> list[bytes]:
     on_cpu = "cpu:" in dist.get_backend_config(group)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor([data.numel()], device=device)
-    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    counts = [torch.empty_like(mine) for _ in range(group.size())]
     with failure.explained():
         dist.all_gather(counts, mine, group=group)
     padded = torch.zeros(int(max(counts)), dtype=torch.uint8, device=device)
@@ -102,9 +101,9 @@ def _exchange(group: Group, op: str, send: dict[int, Tensor], recv: dict[int, Te
     landing = {r: t if t.device.type == "cpu" else torch.empty_like(t, device="cpu")
                for r, t in recv.items()}
     leaving = {t.data_ptr(): t.cpu() for t in send.values()}
-    works = [dist.irecv(t, group=group, group_src=r, tag=_TAGS[op]) for r, t in landing.items()]
-    works += [dist.isend(leaving[t.data_ptr()], group=group, group_dst=r, tag=_TAGS[op])
-              for r, t in send.items()]
+    # As dist.irecv and dist.isend do it, which take several times as long to find the group.
+    works = [group.recv([t], r, _TAGS[op]) for r, t in landing.items()]
+    works += [group.send([leaving[t.data_ptr()]], r, _TAGS[op]) for r, t in send.items()]
     yield works
     for r, t in recv.items():
         if landing[r] is not t:
@@ -112,13 +111,13 @@ def _exchange(group: Group, op: str, send: dict[int, Tensor], recv: dict[int, Te
 
 
 def _slices(flat: Tensor, group: Group) -> tuple[Tensor, ...]:
-    world_size = dist.get_world_size(group)
+    world_size = group.size()
     return flat.view(world_size, flat.numel() // world_size).unbind()
 
 
 def _others(group: Group) -> list[int]:
     """The other ranks, nearest first, so that not everyone sends to rank 0 at once."""
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    rank, world_size = group.rank(), group.size()
     return [(rank + k) % world_size for k in range(1, world_size)]
 
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 from torch import nn
 
+from ..engine.slices import without_marks
 from .trace import Event, Trace, recording_into
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class _Notes(Trace):
                                  if what in _ENDS]
             self.before = now
 
+    @without_marks()
     def there(self) -> set[tuple[str, str]]:
         """What hooks bring about, as (the word for it, unit)."""
         backward = self.model._backward

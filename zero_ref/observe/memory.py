@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..engine.precision import MixedPrecision
 
 from ..engine.shell import Shell
+from ..engine.slices import without_marks
 from ..partition import Layout
 
 
@@ -62,6 +63,7 @@ def model_states(numel: float | Sequence[Sequence[int]], world_size: int, stage:
     return kept
 
 
+@without_marks()
 def resident(model: nn.Module,
              optimizer: torch.optim.Optimizer | None = None) -> dict[str, int]:
     """The same three sums, measured: the sizes of the storages that are alive, each counted once.

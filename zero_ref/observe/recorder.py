@@ -21,6 +21,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..engine.slices import without_marks
 from . import memory
 from .hooks import HookCall, noted
 from .tensors import Tensors
@@ -168,6 +169,7 @@ class _Recorder(Trace):
         super().add(event)
         self.frame(event.op, event.unit, event.phase, event.wire_bytes)
 
+    @without_marks()
     def frame(self, what: str, unit: str = "", phase: str = "", wire_bytes: int = 0) -> None:
         if self.tensors is not None:
             self.tensors.mark()
