@@ -9,7 +9,7 @@ from zero_ref.ranks import pool
 
 # Each rank would import these anew.
 pool.PRELOAD += ["pytest", "zero_ref.commands.measure", "zero_ref.labs.exercises", "zero_ref.viz",
-                 "torch.distributed.fsdp", "torch.distributed.checkpoint"]
+                 "torch.distributed.fsdp", "torch.distributed.checkpoint", "transformers"]
 
 
 def pytest_collection_modifyitems(items):

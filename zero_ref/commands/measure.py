@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 
 from .. import MixedPrecision, wrap
 from ..engine.optimizers import ELEMENTWISE
+from ..engine.slices import without_marks
 from ..observe import memory
 from ..observe.trace import loopback_bytes, trace
 from ..tasks.task import Task, seed_everything
@@ -256,16 +257,15 @@ def dtype_named(name: str) -> torch.dtype:
     return getattr(torch, name.removeprefix("torch."))
 
 
+@without_marks()
 def live_bytes() -> dict[int, int]:
     """Bytes of every storage that a tensor in this process refers to, by the storage's address."""
     found = {}
-    for tensor in gc.get_objects():
-        if issubclass(type(tensor), Tensor):
-            tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
-            with torch._C.DisableTorchFunctionSubclass():
-                if tensor.layout == torch.strided and not tensor.is_meta:
-                    storage = tensor.untyped_storage()
-                    found[storage._cdata] = storage.nbytes()
+    for tensor in memory.all_tensors():
+        tensor = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
+        if tensor.layout == torch.strided and not tensor.is_meta:
+            storage = tensor.untyped_storage()
+            found[storage._cdata] = storage.nbytes()
     return found
 
 

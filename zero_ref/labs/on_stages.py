@@ -153,9 +153,7 @@ def full_units(units):
 def bytes_of_all_tensors() -> int:
     """Of this process, wherever they are kept, except for those that only autograd refers to."""
     gc.collect()  # what is left of an earlier answer would be freed later
-    there = gc.get_objects()
-    kinds = {kind for kind in set(map(type, there)) if issubclass(kind, torch.Tensor)}
-    return memory._bytes(x for x in there if type(x) in kinds)
+    return memory._bytes(memory.all_tensors())
 
 
 def beside(more, units):

@@ -206,15 +206,14 @@ def _bytes(tensors, besides):
 def _messages() -> Iterator[Counter]:
     """Bytes that comm sends from this rank to each of the others, by their number. A trace does not
     know them: it counts what a collective has to send, and not to whom."""
-    sent, isend = Counter(), dist.isend
+    sent, send = Counter(), dist.ProcessGroup.send
 
-    def noted(*args, **kwargs):
-        if kwargs.get("tag") in transport._TAGS.values():  # and not what ranks check in between
-            to = dist.get_global_rank(kwargs["group"], kwargs["group_dst"])
-            sent[to] += args[0].nbytes
-        return isend(*args, **kwargs)
+    def noted(group, tensors, to, tag):
+        if tag in transport._TAGS.values():  # and not what ranks check in between
+            sent[dist.get_global_rank(group, to)] += sum(tensor.nbytes for tensor in tensors)
+        return send(group, tensors, to, tag)
 
-    with mock.patch.object(dist, "isend", noted):
+    with mock.patch.object(dist.ProcessGroup, "send", noted):
         yield sent
 
 

@@ -1,5 +1,6 @@
 """Bytes of parameters, gradients and optimizer states per rank: by formula, and as measured."""
 
+import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,13 @@ def resident(model: nn.Module,
               if key != "step" and getattr(value, "shape", None) == p.shape]
     return {"parameters": _bytes(params), "gradients": _bytes(grads),
             "optimizer": _bytes(states + masters)}
+
+
+def all_tensors() -> list[torch.Tensor]:
+    """Of this process, as far as Python knows them. A type is asked once, not each object."""
+    objects = gc.get_objects()
+    kinds = {kind for kind in set(map(type, objects)) if issubclass(kind, torch.Tensor)}
+    return [x for x in objects if type(x) in kinds]
 
 
 def _bytes(tensors):
