@@ -131,7 +131,7 @@ def _sum(parts: Tensors, out: Tensor, divide_by: int) -> None:
     """
     if out.is_complex():  # whose operations lose the sign of a zero, see engine/backward.py
         parts, out = [torch.view_as_real(part) for part in parts], torch.view_as_real(out)
-    chunks = max(1, -(-out.numel() // _CACHED)) if out.device.type == "cpu" else 1
+    chunks = 1 + out.numel() // _CACHED if out.device.type == "cpu" else 1
     for *pieces, result in zip(*[part.chunk(chunks) for part in (*parts, out)]):
         total = pieces[0]
         for piece in pieces[1:]:
