@@ -41,6 +41,8 @@ quick: .venv/.installed-test
 # A file's tests stay together, because they share ranks.
 TWO_AT_A_TIME := -n 2 --dist loadfile
 
+# With an empty value, Python keeps the bytecode of the tests for the next process that needs them.
+test: export PYTHONDONTWRITEBYTECODE =
 test: .venv/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/mypy

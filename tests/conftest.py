@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("ZERO_REF_TIMEOUT", "20")  # a collective that hangs fails within seconds
@@ -18,3 +19,7 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):  # not in keywords, where the folders are, too
                 item.add_marker(skip)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # the collector need not walk again and again through what was imported
