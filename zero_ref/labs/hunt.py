@@ -353,30 +353,36 @@ class _Ledger(Trace):
 
 def run(name: str, answer: Any, optimizer: str, seen: dict[str, Any]) -> None:
     """Train for some steps. seen: takes what there is to be seen of it; of a step, of the last."""
-    bug, full, forwards = BUGS[name], [], []
+    bug, full, begun, done = BUGS[name], [], [], []
 
     def reduce(self, unit, grad):
         full.append(weakref.ref(grad))
         answer.reduce(self, unit, grad)
         ledger.look()
 
+    def noted(times):  # but for a forward that backward does not follow
+        return lambda *_: times.append(time.monotonic()) if torch.is_grad_enabled() else None
+
     model = type(answer.__name__, (answer,), {"reduce": reduce})(bug.build(dist.get_rank()))
-    model.register_forward_hook(lambda *_: forwards.append(time.monotonic()))
+    model.register_forward_pre_hook(noted(begun))
+    model.register_forward_hook(noted(done))
     opt = _OPTIMIZERS[optimizer](model.parameters())
     ledger, seen["losses"] = _Ledger(model, full), []
     with recording_into(ledger):
         for step in range(STEPS):
-            ledger.events, began = [], time.monotonic()
+            ledger.events, begun[:], done[:] = [], [], []
             loss = bug.step(model, step, seen)
             seen["losses"].append(loss.item())
             seen["held"], steps = memory.resident(model, opt), time.monotonic()
             opt.step()
             opt.zero_grad()
-    spans = [Span("forward", "", began, forwards[-1]), Span("backward", "", forwards[-1], steps),
+    # A micro-batch's backward is what comes after its forward.
+    spans = [*(Span("forward", "", *times) for times in zip(begun, done)),
+             *(Span("backward", "", *times) for times in zip(done, [*begun[1:], steps])),
              Span("step", "", steps, time.monotonic())]
     seen["recording"] = Recording(
         model.rank, model.world_size, bug.stage, False, [],
-        [Frame("start", "", "", began, {}, {}, 0)], ledger.events, spans)
+        [Frame("start", "", "", begun[0], {}, {}, 0)], ledger.events, spans)
     seen["events"], seen["most"] = ledger.events, ledger.most
     seen["weights"] = weights_of(model)
 
