@@ -33,7 +33,7 @@ from .observe import trace
 
 Tensors: TypeAlias = list[Tensor]
 Buffers: TypeAlias = Tensor | Sequence[Tensor]
-_CACHED = 1 << 16  # elements that are added up at a time: 256 kB in fp32
+_CACHED = 1 << 16  # elements that are added up at a time, at most: 256 kB in fp32
 
 
 class Handle:

@@ -51,7 +51,6 @@ class Task:
 
 def seed_everything(seed: int) -> None:
     """For dropout and whatever else draws numbers: torch, NumPy and Python."""
-    # torch.manual_seed notes for each kind of GPU where it was called, which takes a millisecond.
-    (torch if torch.cuda.is_available() else torch.default_generator).manual_seed(seed)
+    torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
