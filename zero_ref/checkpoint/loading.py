@@ -202,44 +202,19 @@ def _check_optimizers(source, model, optimizers):
     """For each optimizer, the options of its groups, and those states that are no tensors."""
     if source.optimizers is None:  # it was imported
         return []
-    found = []
     if len(source.optimizers) != len(optimizers):
         raise ValueError(f"{source.checkpoint} has {len(source.optimizers)} optimizers, and "
                          f"{len(optimizers)} are to be loaded")
-    params = {id(one.p): one for one in contents.owned(model)}
+    found = []
+    owned = contents.owned(model)
     for index, (saved, optimizer) in enumerate(zip(source.optimizers, optimizers)):
         kind = type(optimizer).__name__
         if saved["class"] != kind:
             raise ValueError(f"{source.checkpoint} has the states of {saved['class']}, and this is "
                              f"{kind}")
-        groups = [[params[id(p)].names[0] if id(p) in params else "one that is not of this model"
-                   for p in group["params"]] for group in optimizer.param_groups]
-        for number, (group, of_saved) in enumerate(zip(groups, saved["groups"])):
-            for here, there in itertools.zip_longest(group, of_saved["params"]):
-                if here != there:
-                    raise ValueError(f"{source.checkpoint}: group {number} of {kind} has "
-                                     f"{here or 'nothing more'!r} in the place of {there!r}: the "
-                                     "same parameters are to be in the same order" if there else
-                                     f"{source.checkpoint}: group {number} of {kind} has {here!r} "
-                                     "more than in the checkpoint")
-        if len(groups) != len(saved["groups"]):
-            raise ValueError(f"{source.checkpoint}: {kind} had {len(saved['groups'])} groups of "
-                             f"parameters, and has {len(groups)} here")
-        shape_of = {one.names[0]: list(one.shape) for one in params.values()}
-        tensors = source.parts[f"optimizer-{index}"].listed
-        described = {f"state.{name}.{key}" for name, states in saved["states"].items()
-                     for key, how in states.items() if how in ("like the parameter", "whole")}
-        for name in sorted(tensors.keys() - described):
-            raise Damaged(f"{source.checkpoint}: {name!r} is there, and {kind} has no such state")
-        for name, states in saved["states"].items():
-            for key, how in states.items():
-                dtype_and_shape = tensors.get(f"state.{name}.{key}")
-                if how == "like the parameter" and (
-                        not dtype_and_shape or dtype_and_shape[1] != shape_of.get(name)):
-                    raise Damaged(f"{source.checkpoint}: the state {key!r} of {name!r} is missing "
-                                  "or has another shape")
-                if how == "whole" and not dtype_and_shape:
-                    raise Damaged(f"{source.checkpoint}: the state {key!r} of {name!r} is missing")
+        _check_groups(f"{source.checkpoint}:", saved["groups"], optimizer, owned)
+        _check_states(f"{source.checkpoint}:", saved["states"],
+                      source.parts[f"optimizer-{index}"].listed, kind, owned)
         options = [source.unpacked(group["options"]) for group in saved["groups"]]
         if not all(type(group) is dict for group in options) or any(
                 type(key) is not str or key == "params" for group in options for key in group):
@@ -249,6 +224,40 @@ def _check_optimizers(source, model, optimizers):
             for name, states in saved["states"].items()
             for key, how in states.items() if how not in ("like the parameter", "whole")}))
     return found
+
+
+def _check_groups(where, saved, optimizer, owned):
+    """The same groups, of the same parameters in the same order."""
+    kind, name_of = type(optimizer).__name__, {id(one.p): one.names[0] for one in owned}
+    for number, (group, of_saved) in enumerate(zip(optimizer.param_groups, saved)):
+        names = [name_of.get(id(p), "one that is not of this model") for p in group["params"]]
+        for here, there in itertools.zip_longest(names, of_saved["params"]):
+            if here != there:
+                raise ValueError(f"{where} group {number} of {kind} has " + (
+                    f"{here or 'nothing more'!r} in the place of {there!r}: the same parameters "
+                    "are to be in the same order" if there else
+                    f"{here!r} more than in the checkpoint"))
+    if len(optimizer.param_groups) != len(saved):
+        raise ValueError(f"{where} {kind} had {len(saved)} groups of parameters, and has "
+                         f"{len(optimizer.param_groups)} here")
+
+
+def _check_states(where, saved, tensors, kind, owned):
+    """What the states are described as, against the tensors that the files have."""
+    shape_of = {one.names[0]: list(one.shape) for one in owned}
+    described = {f"state.{name}.{key}" for name, states in saved.items()
+                 for key, how in states.items() if how in ("like the parameter", "whole")}
+    for name in sorted(tensors.keys() - described):
+        raise Damaged(f"{where} {name!r} is there, and {kind} has no such state")
+    for name, states in saved.items():
+        for key, how in states.items():
+            dtype_and_shape = tensors.get(f"state.{name}.{key}")
+            if how == "like the parameter" and (
+                    not dtype_and_shape or dtype_and_shape[1] != shape_of.get(name)):
+                raise Damaged(f"{where} the state {key!r} of {name!r} is missing or has another "
+                              "shape")
+            if how == "whole" and not dtype_and_shape:
+                raise Damaged(f"{where} the state {key!r} of {name!r} is missing")
 
 
 def _fill_model(source, model):
