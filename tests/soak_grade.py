@@ -47,8 +47,8 @@ class Cell:
 
 def solved(path):
     """The cells of a course's notebook that exercises need, with right answers."""
-    code = answers.cells_of(path)
-    everything = frozenset(answers.names_asked(path))
+    code = answers.cells_of(path.name, path.read_bytes())
+    everything = frozenset(answers.names_asked(path.name, path.read_bytes()))
     cells = [Cell(code[0], everything)]
     for source in code[1:]:
         names = frozenset(name for name in everything if f'"{name}"' in source)
@@ -167,13 +167,13 @@ def main():
         path, text, done, lost = drawn
         found = []
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, path.name).write_text(text)
-            grade._grade(Path(folder), 60, lambda **facts: found.append(facts))
+            grade._grade({path.name: text.encode()}, Path(folder, "work"), 60,
+                         lambda **facts: found.append(facts))
         counts.update(done)
         counts["notebooks"] += 1
         got = {line["name"] for line in found if line.get("points")}
         broken = [line for line in found if "broken" in line]
-        asked = set(answers.names_asked(path))
+        asked = set(answers.names_asked(path.name, path.read_bytes()))
         print(counts["notebooks"], path.name, *done, f"{len(got)}/{len(asked)}", flush=True)
         assert set(found[0]["asked"]) == asked, (drawn, found)
         if lost is None:

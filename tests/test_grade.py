@@ -3,9 +3,11 @@ notebook changes nothing of another's points."""
 
 import csv
 import inspect
+import io
 import json
 import os
 import pickle
+import pickletools
 import re
 import sys
 
@@ -17,6 +19,7 @@ from zero_ref.commands.cli import main
 from zero_ref.commands.grade import print_report
 from zero_ref.labs import answers, grade, judge, on_variants, plain, small
 from zero_ref.labs.exercise import Todo
+from zero_ref.labs.exercises import EXERCISES
 from zero_ref.labs.quiz import QUESTIONS
 from zero_ref.ranks import launch, pool, travel
 from zero_ref.ranks.errors import failure_of
@@ -44,9 +47,9 @@ def notebook(cells):
 
 def graded(folder, content, name="03_alice.ipynb", seconds=60):
     """The names that got their point, and all that was found."""
-    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    files = {name: (content if isinstance(content, str) else json.dumps(content)).encode()}
     found = []
-    grade._grade(folder, seconds, lambda **facts: found.append(facts))
+    grade._grade(files, folder / "work", seconds, lambda **facts: found.append(facts))
     return {line["name"] for line in found if line.get("points")}, found
 
 
@@ -131,15 +134,21 @@ def test_what_the_kernel_prints_beside_answers_is_skipped():
 
 
 def test_the_best_answer_counts_and_of_letters_the_last():
-    def wrong(numel, world_size, rank):
-        return 0, numel
-
-    packed = [answers.Packed(travel.dumps(f)) for f in (small.shard_bounds, wrong, None)]
+    functions = {}
+    exec(BOUNDS, functions)
+    right, wrong = functions["shard_bounds"], lambda numel, world_size, rank: (0, numel)
+    packed = [answers.Packed(travel.dumps(f)) for f in (right, wrong, None)]
     letters = [*"abcd", None]
     letters[letters.index(RIGHT["3.q1"])] = "a"
     given = {"3.1": packed, "3.q1": [RIGHT["3.q1"], *letters], "3.q2": ["x", RIGHT["3.q2"], None]}
     found = {name: bool(verdict) for name, verdict in grade.judged(ASKED, given)}
     assert found == {"3.1": True, "3.q1": False, "3.q2": True}
+
+
+def test_what_the_package_has_is_no_answer():
+    [(_, verdict)] = grade.judged(["3.1"], {
+        "3.1": [answers.Packed(travel.dumps(EXERCISES["3.1"].solution))]})
+    assert not verdict and "this is the package's own, and no answer" in verdict.text, verdict
 
 
 def test_an_object_in_place_of_letters_is_not_shown_as_bytes():
@@ -183,6 +192,15 @@ def test_nothing_that_a_rank_sends_is_run(sent):
     message = travel.dumps(("done", {"the result": sent}))
     with pytest.raises(pickle.UnpicklingError, match=r"plain data|[Ww]eights"):
         plain.loads(message)
+
+
+@pytest.mark.parametrize("name", ["zero_ref.ranks.errors\nFailure",
+                                  "torch.storage\n_load_from_bytes"])
+def test_nothing_that_a_rank_sends_changes_a_class_or_a_function(name):
+    sets = b"c%s\n(N}S'__eq__'\nI1\nstb." % name.encode()
+    assert pickletools.dis(sets, out=io.StringIO()) is None  # it is a pickle
+    with pytest.raises(pickle.UnpicklingError, match="it changes a class or a function"):
+        plain.loads(sets)
 
 
 # ---- cheating ------------------------------------------------------------------------------------
@@ -239,7 +257,10 @@ def test_a_rank_has_no_say_in_its_points(tmp_path):
     cells = [f"import sys\nmarker = {str(marker)!r}", ON_RANKS,
              'check("1.1", notices)\ncheck("1.2", patches)\ncheck("1.3", nothing)']
     points, found = graded(tmp_path, notebook(cells))
-    assert points == {"1.2"} and not marker.exists(), found
+    assert points == set() and not marker.exists(), found
+    [text] = [line["text"] for line in found if line.get("name") == "1.2"]
+    assert re.search(r"this replaces zero_ref\.labs\.judge\.(_observed|same), and an answer is to "
+                     "leave the package as it is", text), text
 
 
 FORGES = """
@@ -272,23 +293,58 @@ def test_what_a_notebook_writes_into_the_pipe_does_not_count(tmp_path):
     assert "forged" not in json.dumps(rows)
 
 
-def test_a_notebook_without_an_end_gets_what_is_before_and_after(tmp_path):
+def failed_in(found):
+    return [line["failed"].removeprefix("03_alice.ipynb, ") for line in found if "failed" in line]
+
+
+def test_a_cell_without_an_end_costs_no_other_exercise(tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "GRACE", 0.5)
     forever = "while True:\n    pass"
     stubborn = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + forever
     at_once = 'assert "judged afterwards" in check("3.1", shard_bounds).text'
     cells = [*CELLS[:3], forever, *CELLS[3:5], at_once, stubborn, *CELLS[5:]]
     points, found = graded(tmp_path, notebook(cells), seconds=12)
-    assert points == {"3.1", "3.2"}
-    assert [line["failed"] for line in found if "failed" in line] == [
-        "03_alice.ipynb, cell 4: was interrupted after 3 s",
-        "03_alice.ipynb, the kernel: was ended after 12 s"]
+    assert points == set(ASKED), found
+    assert failed_in(found) == ["cell 4: was interrupted after 3 s",
+                                "cell 8: was interrupted after 3 s, and went on"]
+
+
+def test_a_notebook_that_takes_too_long_gets_what_is_before(tmp_path):
+    cells = [*CELLS[:3], *["import time\ntime.sleep(1.3)"] * 5, *CELLS[3:]]
+    points, found = graded(tmp_path, notebook(cells), seconds=6)
+    assert points == {"3.1"}, found
+    [text] = failed_in(found)
+    assert re.fullmatch(r"cell [4-8]: was ended: the notebook has taken 6 s", text), text
+
+
+def test_the_end_of_a_kernel_costs_no_other_exercise(tmp_path):
+    cells = [HEAD, "quit()", "os._exit(0)", "half = '\ud800'", *CELLS[1:]]
+    points, found = graded(tmp_path, notebook(cells))
+    assert points == set(ASKED), found
+    assert failed_in(found) == ["cell 3: ended the kernel"]
+
+
+def test_calls_are_noted_as_they_are_made(tmp_path):
+    letters = [name for name in RIGHT if name.startswith("3.q")]
+    cells = [HEAD, BOUNDS, FLATTEN, UNITS,
+             "def show(name, answer):\n    print(check(name, answer))",
+             '%time check("3.1", shard_bounds)',
+             'check(answer=flatten, name="3.2")\ndel flatten',
+             'show("3.3", units_of)',
+             "\n".join(f'answer = "{RIGHT[name]}"\ncheck("{name}", answer)' for name in letters),
+             "pairs = zip(my_answers, my_answers.values())\nfor name, letter in pairs:\n"
+             "    check(name, letter)"]
+    cells.insert(1, f"my_answers = { {name: RIGHT[name] for name in RIGHT.keys() - letters} }")
+    points, found = graded(tmp_path, notebook(cells))
+    assert points == set(ASKED) and failed_in(found) == [], found
 
 
 # ---- a class -------------------------------------------------------------------------------------
 
 LEAVES = """
 import subprocess, shutil
-subprocess.Popen(["sleep", "1234567"], start_new_session=True)
+subprocess.Popen(["/bin/sh", "-c", "sleep 1234567 & sleep 1234567"], env={},
+                 start_new_session=True)
 shutil.rmtree(os.getcwd())
 os._exit(0)
 """
@@ -304,6 +360,14 @@ def test_a_class_is_graded(tmp_path, capsys):
     (folder / "dave.ipynb").write_text("{")
     (folder / "erin.py").write_text("\n\n\n".join([HEAD, BOUNDS, "from zero_ref.labs.small import "
                                                    "Stage0"]))
+    (folder / "frank").mkdir()
+    (folder / "gina.IPYNB").write_text(json.dumps(notebook(CELLS[:3])))
+    (folder / "harry.ipynb").symlink_to("gone.ipynb")
+    (folder / "ina" / "old.ipynb").mkdir(parents=True)
+    (folder / "ina" / "03.ipynb").write_text(json.dumps(notebook(CELLS[:3])))
+    (folder / "__MACOSX").mkdir()
+    for place in (folder / "__MACOSX", folder, folder / "ina"):
+        (place / "._gina.ipynb").write_text("no notebook")
     (folder / "notes.txt").write_text("not an answer")
     table, everything = tmp_path / "points.csv", tmp_path / "points.json"
     status = main(["grade", str(folder), "--csv", str(table), "--json", str(everything)])
@@ -311,15 +375,20 @@ def test_a_class_is_graded(tmp_path, capsys):
     assert status == 1, shown
     rows = {row["learner"]: row for row in json.loads(everything.read_text())}
     assert {name: (row["points"], row["of"]) for name, row in rows.items()} == {
-        "bob": (1, 8), "carol": (1, 8), "dave": (0, 0), "erin": (1, 8)}
-    assert [name for name, row in rows.items() if not row["graded"]] == ["dave"]
+        "bob": (1, 8), "carol": (8, 8), "dave": (0, 0), "erin": (1, 8), "frank": (0, 0),
+        "gina": (1, 8), "harry": (0, 0), "ina": (1, 8)}
+    assert [name for name, row in rows.items() if not row["graded"]] == ["dave", "frank", "harry"]
+    assert rows["carol"]["failed"] == ["carol.ipynb, cell 4: ended the kernel"]
     assert re.search(r"bob .* 1/8 .* 3\.1: ", shown), shown
-    assert re.search(r"carol .* 1/8 .* the kernel: ended by itself", shown)
+    assert re.search(r"frank .* 0/0 .* frank has no notebook and no my_zero\.py", shown)
+    assert re.search(r"harry .* 0/0 .* harry\.ipynb is no file", shown)
     assert re.search(r"dave .* 0/0 .* dave\.ipynb is no notebook", shown)
-    assert "3 of 4 were graded, but not, or not in full: dave." in shown
+    assert "5 of 8 were graded, but not, or not in full: dave, frank, harry." in shown
     with table.open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [line["exercise"] for line in lines if line["points"] == "1"] == ["3.2", "3.1", "3.1"]
+    assert [(line["learner"], line["exercise"]) for line in lines if line["points"] == "1"] == [
+        ("bob", "3.2"), *(("carol", name) for name in ASKED), ("erin", "3.1"), ("gina", "3.1"),
+        ("ina", "3.1")]
     assert (folder / "carol.ipynb").exists()
     left = [process for process in psutil.process_iter(["cmdline"])
             if "1234567" in (process.info["cmdline"] or ())]
@@ -345,6 +414,8 @@ def test_the_table_fits_and_shows_all_points(notebooks, columns, capsys, monkeyp
 @pytest.mark.parametrize("arguments, sentence", [
     (["/no/such/file.ipynb"], "there is no /no/such/file.ipynb"),
     ([__file__, "--timeout", "0"], "give a number of seconds above 0"),
+    ([__file__, "--timeout", "inf"], "no more than a day's 86,400"),
+    ([__file__, "--timeout", "nan"], "give a number of seconds above 0"),
     ([__file__, "--csv", "/no/such/folder/file.csv"], "the folder /no/such/folder does not"),
 ])
 def test_bad_arguments(arguments, sentence, capsys):

@@ -101,8 +101,8 @@ def _parser():
     grade.add_argument("--csv", type=Path, metavar="FILE",
                        help="write a line for each learner and exercise")
     grade.add_argument("--json", type=Path, metavar="FILE", help="write everything as JSON")
-    grade.add_argument("--timeout", type=float, default=120, metavar="S",
-                       help="seconds for a notebook, of which a cell gets a quarter; default: 120")
+    grade.add_argument("--timeout", type=float, default=240, metavar="S",
+                       help="seconds for a notebook, of which a cell gets a quarter; default: 240")
 
     show = commands.add_parser(
         "show", help="what is in a checkpoint",

@@ -16,6 +16,7 @@ from ..labs import grade
 
 Row = dict[str, Any]
 ALL = "all"
+A_DAY = 24 * 60 * 60  # seconds
 BESIDE = 60  # characters of what went wrong that are worth a column beside the points
 
 
@@ -26,8 +27,9 @@ def run(paths: Sequence[Path], seconds: float) -> list[Row]:
         if not importlib.util.find_spec(needed):
             raise ValueError(f"grading runs notebooks, for which {needed} is missing: "
                              "pip install 'zero_ref[lab]'")
-    if not seconds > 0:
-        raise ValueError(f"--timeout {seconds:g}: give a number of seconds above 0")
+    if not 0 < seconds <= A_DAY:
+        raise ValueError(f"--timeout {seconds:g}: give a number of seconds above 0, and no more "
+                         f"than a day's {A_DAY:,}")
     grade.keep_out_of_reach()
     learners = grade.handed_in(paths)
     columns = [BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]

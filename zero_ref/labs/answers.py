@@ -7,13 +7,14 @@ bytes. Nobody but a rank reads these.
 
 import ast
 import base64
+import itertools
 import json
 import math
 import pickle
 import re
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ class Packed:
     pickled: bytes
 
     def __reduce__(self):
-        return pickle.loads, (self.pickled,)
+        return _unpacked, (self.pickled,)
 
     def __repr__(self):
         return "an object of the notebook"
@@ -46,27 +47,38 @@ class Packed:
         raise TypeError("an answer is called on ranks only")
 
 
+def _unpacked(pickled: bytes) -> Any:
+    """Called on a rank."""
+    answer = pickle.loads(pickled)
+    if str(getattr(answer, "__module__", "")).startswith("zero_ref."):
+        raise ValueError("this is the package's own, and no answer")
+    return answer
+
+
 Answers = dict[str, list[Any]]  # by name, in the order of the calls: Packed, or plain data
 
 # ---- what is in a file ---------------------------------------------------------------------------
 
 
-def cells_of(path: Path) -> list[str]:
+def cells_of(name: str, content: bytes) -> list[str]:
     """The code cells of a notebook, of which only kind and source count. Of a my_zero.py: the file,
     and a check of each piece that it defines. Raises ValueError if it is neither."""
     try:
-        if path.stat().st_size > LARGEST:
+        if len(content) > LARGEST:
             raise ValueError(f"larger than {LARGEST:,} bytes")
-        if path.suffix == ".py":
-            return _with_checks(path.read_text())
-        cells = json.loads(path.read_bytes())["cells"]
+        if name.endswith(".py"):
+            return _with_checks(content.decode())
+        cells = json.loads(content).get("cells")
+        if cells is None:
+            raise ValueError("it has no cells, as those of format 4 have")
         sources = [cell.get("source") for cell in cells
                    if isinstance(cell, dict) and cell.get("cell_type") == "code"]
-        return ["".join(map(str, source)) if isinstance(source, list) else str(source or "")
-                for source in sources]
-    except (ValueError, TypeError, KeyError, SyntaxError, RecursionError) as error:
-        kind = "Python" if path.suffix == ".py" else "notebook"
-        raise ValueError(f"{path.name} is no {kind}: {travel.said(error)}") from None
+        texts = ["".join(map(str, source)) if isinstance(source, list) else str(source or "")
+                 for source in sources]
+        return [text.encode(errors="replace").decode() for text in texts]  # no half characters
+    except (ValueError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        kind = "Python" if name.endswith(".py") else "notebook"
+        raise ValueError(f"{name} is no {kind}: {travel.said(error)}") from None
 
 
 def _with_checks(text):
@@ -76,13 +88,13 @@ def _with_checks(text):
               for name in names)]
 
 
-def names_asked(path: Path) -> list[str]:
+def names_asked(file: str, content: bytes) -> list[str]:
     """What the course's notebook of the same number asks for. The number is that of most of the
     names in it, or else the file's."""
-    text = path.read_text(errors="replace")
+    text = content.decode(errors="replace")
     found = [name.split(".")[0] for name in NAMES
              if re.search(rf"""["']{re.escape(name)}\\?["']""", text)]
-    found = found or re.findall(r"^0*(\d+)_", path.name)
+    found = found or re.findall(r"^0*(\d+)_", file)
     number = Counter(found).most_common(1)[0][0] if found else None
     return [name for name in NAMES if name.split(".")[0] == number]
 
@@ -111,28 +123,52 @@ def _checks(node, loops):
 
 # ---- what the kernel says ------------------------------------------------------------------------
 
+LATEST = 10  # calls of `check` in a cell that are told, of each name
+_calls: dict[str, deque[str]] = {}  # in the kernel: of the cell that runs, by name
+_told_of: set[str] = set()  # the names in it, once they are told
+
 
 def begin() -> None:
     """Called in the kernel: `check` answers at once, since what it would say is found out later, on
-    other ranks."""
-    judge._check = lambda name, answer: judge.Verdict(True, f"{name} is judged afterwards.")
+    other ranks. And quit() ends nothing."""
+    from IPython import get_ipython
+
+    def noted(name: str, answer: Any) -> judge.Verdict:
+        _calls.setdefault(str(name), deque(maxlen=LATEST)).append(_line(name, answer))
+        return judge.Verdict(True, f"{name} is judged afterwards.")
+
+    judge._check = noted
+    get_ipython().ask_exit = lambda: None  # type: ignore[no-untyped-call]
 
 
-def tell(pairs: Iterable[tuple[str, Any]]) -> None:
-    """Called in the kernel: print the answers as JSON, pickled unless they are plain."""
+def tell() -> None:
+    """Called in the kernel, after a cell: print what it has called `check` with."""
+    _told_of.clear()
+    _told_of.update(_calls)
+    for lines in _calls.values():
+        print(*lines, sep="\n")
+    _calls.clear()
+
+
+def tell_also(pairs: Iterable[tuple[str, Any]]) -> None:
+    """The same, of calls to which the cell did not come, or which had another `check`."""
     for name, answer in pairs:
-        told = {"name": name}
-        try:
-            json.dumps(answer)
-            told["plain"] = answer
-        except (TypeError, ValueError):
-            with judge._as_it_is_now(answer):
-                told["pickled"] = base64.b64encode(travel.dumps(answer)).decode()
-        print(json.dumps(told))
+        if str(name) not in _told_of:
+            print(_line(name, answer))
+
+
+def _line(name: str, answer: Any) -> str:
+    """An answer as JSON, pickled unless it is plain."""
+    try:
+        return json.dumps({"name": str(name), "plain": answer})
+    except (TypeError, ValueError):
+        with judge._as_it_is_now(answer):
+            pickled = base64.b64encode(travel.dumps(answer)).decode()
+        return json.dumps({"name": str(name), "pickled": pickled})
 
 
 def _told(text: str) -> Iterator[tuple[str, Any]]:
-    """Read what `tell` has printed, and skip all that it has not."""
+    """Read what the kernel tells, and skip what else it prints."""
     for line in text.splitlines():
         try:
             found = json.loads(line)
@@ -143,28 +179,56 @@ def _told(text: str) -> Iterator[tuple[str, Any]]:
             continue
 
 
+# ---- a notebook is run ---------------------------------------------------------------------------
+
+GRACE = 2  # seconds for a cell that was interrupted, until its kernel is killed
+
+
 def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[str]]:
     """Run a notebook's cells. Returns the answers, and which cells failed.
 
-    A cell that takes a quarter of the time is interrupted, and the next one runs. What has missed a
-    name runs once more at the end: cells may have changed places.
+    A cell that takes a quarter of the time is interrupted, and the next one runs. If a cell ends
+    the kernel, the others run in a new one. What has missed a name runs once more at the end: cells
+    may have changed places.
     """
+    answers: Answers = defaultdict(list)
+    failed: dict[int, str] = {}
+    left, end = dict(enumerate(cells, 1)), time.monotonic() + seconds
+    while _run(left, folder, seconds, end, answers, failed) and time.monotonic() < end:
+        left = {number: source for number, source in left.items()
+                if not failed.get(number, "").startswith(("ended", "was interrupted"))}
+    return answers, [f"cell {number}: {error}" for number, error in sorted(failed.items()) if error]
+
+
+def _run(cells, folder, seconds, end, answers, failed):
+    """Run the cells in a kernel of their own. Returns the number of the one that has ended it."""
     from nbclient import NotebookClient
     from nbclient.exceptions import DeadKernelError
     from nbformat.v4 import new_code_cell, new_notebook
 
     from .kernels import ForkedKernel
 
-    answers: Answers = defaultdict(list)
+    client: Any = NotebookClient(new_notebook(), kernel_name="python3", allow_errors=True,
+                                 interrupt_on_timeout=True, shutdown_kernel="immediate")
     limit = math.ceil(seconds / 4)
-    client = NotebookClient(new_notebook(), kernel_name="python3", allow_errors=True,
-                            interrupt_on_timeout=True, shutdown_kernel="immediate")
 
     def execute(source: str) -> tuple[str, str]:
         """What a cell prints, and its error."""
         client.nb.cells.append(new_code_cell(source))
         start = time.monotonic()
-        outputs = client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1).outputs
+        patience = threading.Timer(max(min(limit + GRACE, end - start), 0),
+                                   client.km.provisioner.process.kill)
+        patience.start()
+        try:
+            outputs = client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1).outputs
+        except DeadKernelError:
+            now = time.monotonic()
+            raise DeadKernelError(
+                f"was interrupted after {limit} s, and went on" if now >= start + limit + GRACE else
+                f"was ended: the notebook has taken {seconds:g} s" if now >= end else
+                "ended the kernel") from None
+        finally:
+            patience.cancel()
         errors = [f"{out.ename}: {out.evalue}" for out in outputs if out.output_type == "error"]
         if errors and time.monotonic() - start >= limit:
             errors = [f"was interrupted after {limit} s"]
@@ -176,32 +240,27 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
     def run_cell(source: str) -> str:
         """Run a cell, and ask for what it checks. Returns its error."""
         _, error = execute(source)
+        told = [*_told(execute(f"{this}.tell()")[0])]
         for pairs in checks_in(source):
-            printed, missing = execute(f"{this}.tell({pairs})")
-            for name, answer in _told(printed):
-                answers[name].append(answer)
-            error = error or missing
+            told += _told(execute(f"{this}.tell_also({pairs})")[0])
+        for name, answer in told:
+            answers[name].append(answer)
         return error
 
     manager = client.create_kernel_manager()
     manager.provisioner = ForkedKernel(kernel_spec=manager.kernel_spec, parent=manager)
-    failed: dict[str, str] = {}
+    folder.mkdir(parents=True, exist_ok=True)  # an earlier kernel may have deleted it
     with client.setup_kernel(cwd=str(folder)):
         execute(f"{this}.begin()")
         client.timeout_func = lambda cell: limit
-        kernel: Any = client.km
-        end = threading.Timer(seconds, kernel.provisioner.process.kill)
-        end.start()
-        try:
-            for number, source in enumerate(cells, 1):
-                failed[f"cell {number}"] = run_cell(source)
-            for number, source in enumerate(cells, 1):
-                if failed[f"cell {number}"].startswith("NameError"):
-                    failed[f"cell {number}"] = run_cell(source)
-        except DeadKernelError:
-            failed["the kernel"] = ("ended by itself" if end.is_alive() else
-                                    f"was ended after {seconds:g} s")
-        except Exception as error:  # the kernel says what no kernel says
-            failed["the kernel"] = travel.said(error)
-        end.cancel()
-    return answers, [f"{where}: {error}" for where, error in failed.items() if error]
+        again = (number for number in cells if failed[number].startswith("NameError"))
+        for number in itertools.chain(cells, again):
+            try:
+                failed[number] = run_cell(cells[number])
+            except DeadKernelError as error:
+                failed[number] = str(error)
+                return number
+            except Exception as error:  # the kernel says what no kernel says
+                failed[number] = f"ended in {travel.said(error)}"
+                return number
+    return None

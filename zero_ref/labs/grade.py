@@ -4,11 +4,13 @@ For each learner there is a process that never runs code of the learner's:
 
     python -P -m zero_ref.labs.grade FOLDER SECONDS
 
-It starts those that do: kernels, which run the notebooks and give the answers (answers.py), and
-ranks, on which the answers are judged as `check` judges them. What ranks send back is read as plain
-data (plain.py), and what the solutions give was found out before an answer came to them. The
-process prints a line of JSON for each thing that it finds, which the caller reads. A key, which it
-gets from the caller, signs each line: a notebook may find the pipe and write to it, too.
+It gets the files through a pipe, because another learner's code may change what lies in a folder,
+and starts those that do run them: kernels, which give the answers (answers.py), and ranks, on which
+the answers are judged as `check` judges them. What ranks send back is read as plain data
+(plain.py), and what the solutions give was found out before an answer came to them. The process
+prints a line of JSON for each thing that it finds, which the caller reads. A key, which it gets
+from the caller, signs each line: a notebook may find the pipe and write to it, too. Before it ends,
+it ends all that the notebooks have started.
 """
 
 import ctypes
@@ -16,6 +18,7 @@ import hmac
 import itertools
 import json
 import os
+import pickle
 import secrets
 import subprocess
 import sys
@@ -34,10 +37,13 @@ from .answers import LARGEST, NAMES, Answers, cells_of, names_asked, run
 from .exercises import EXERCISES
 from .keep import PIECES
 
+Files = dict[str, bytes]  # of a learner, by their paths in the learner's folder
+
 TRIES = 3  # answers to one exercise that are judged, from the last one on
 LONGEST = 5_000  # characters of a verdict
-KINDS = (".ipynb", ".py")
-_PR_SET_DUMPABLE = 4
+KINDS = (".py", ".ipynb")
+_FIGURES = Path(__file__).parents[2] / "figures"
+_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _MARK = "ZERO_REF_GRADING"  # in the environment of all processes of a learner
 
 # ---- the learner's process -----------------------------------------------------------------------
@@ -69,20 +75,25 @@ def _best(name, answers):
     return tried[0]
 
 
-def _grade(folder: Path, seconds: float, say: Callable[..., None]) -> None:
+def _grade(files: Files, folder: Path, seconds: float, say: Callable[..., None]) -> None:
     """A my_zero.py beside notebooks may answer what they ask. Alone, it is asked for all of its
-    pieces."""
-    found = [path for kind in ("my_zero.py", "*.ipynb") for path in sorted(folder.rglob(kind))
-             if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
-    asked = {name for path in found if path.suffix == ".ipynb" for name in names_asked(path)}
-    if all(path.suffix == ".py" for path in found):
+    pieces. folder: where they are written, and run."""
+    for file, content in files.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+    if _FIGURES.is_dir():  # cells of the course read what was measured
+        (folder.parent / "figures").symlink_to(_FIGURES)
+    mine, notebooks = ([file for file in sorted(files) if _answers(file) == kind] for kind in KINDS)
+    asked = {name for file in notebooks for name in names_asked(Path(file).name, files[file])}
+    if not notebooks:
         asked = {name for names in PIECES.values() for name in names}
     names = [name for name in NAMES if name in asked]
     say(asked=names)
     answers: Answers = defaultdict(list)
-    for path in found:
+    for path in map(Path, (*mine, *notebooks)):
         try:
-            given, failed = run(cells_of(path), path.parent, seconds)
+            given, failed = run(cells_of(path.name, files[str(path)]),
+                                (folder / path).parent, seconds)
         except (ValueError, RuntimeError) as error:  # no notebook, or its kernel does not start
             say(broken=str(error))
             continue
@@ -96,7 +107,7 @@ def _grade(folder: Path, seconds: float, say: Callable[..., None]) -> None:
 
 def _main():
     keep_out_of_reach()
-    key = sys.stdin.buffer.readline().strip()
+    key, files = pickle.load(sys.stdin.buffer)
     out = open(os.dup(1), "wb")
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -110,11 +121,31 @@ def _main():
         out.write(b"\n%s %s\n" % (_signature(key, signed), signed))
         out.flush()
 
+    if sys.platform == "linux":  # then who leaves its parent, or outlives it, is this one's child
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     try:
-        _grade(Path(sys.argv[1]), float(sys.argv[2]), say)
+        _grade(files, Path(sys.argv[1]), float(sys.argv[2]), say)
     except Exception as error:
         say(broken=f"grading failed: {travel.said(error)}")
+    finally:
+        _end_all(os.getpid())
     say(done=True)
+
+
+def _end_all(pid: int) -> None:
+    """End what a process has started, and what that has."""
+    import psutil  # comes with Jupyter's kernel
+
+    for _ in range(50):  # some may have started others meanwhile
+        try:
+            theirs = psutil.Process(pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return
+        for process in theirs:
+            with suppress(psutil.Error):
+                process.kill()
+        if not psutil.wait_procs(theirs, timeout=0.1)[1] and not theirs:
+            return
 
 
 def keep_out_of_reach() -> None:
@@ -131,20 +162,24 @@ def _signature(key: bytes, text: bytes) -> bytes:
 # ---- the class -----------------------------------------------------------------------------------
 
 
-def handed_in(paths: Iterable[Path]) -> dict[str, dict[str, bytes]]:
-    """The files of each learner, with their content: all of it is read before anything runs. Raises
-    ValueError if there is nothing to grade."""
-    found: dict[str, dict[str, bytes]] = {}
+def handed_in(paths: Iterable[Path]) -> dict[str, Files | Exception]:
+    """The files of each learner, with their content, or why there are none: all is read before
+    anything runs. Raises ValueError if there is nothing to grade."""
+    found: dict[str, Files | Exception] = {}
     for path in paths:
-        if not path.exists():
+        if not os.path.lexists(path):
             raise ValueError(f"there is no {path}")
         of_path = [path]
         if path.is_dir():
-            of_path = sorted(p for p in path.iterdir() if p.is_dir() or p.suffix in KINDS)
+            of_path = sorted(p for p in path.iterdir() if not _is_hidden(p.name)
+                             and (p.is_dir() or p.suffix.lower() in KINDS))
         for learner in of_path:
-            if files := _files(learner):
-                name = learner.name if learner.is_dir() else learner.stem
-                found[str(learner) if name in found else name] = files
+            name = learner.name if learner.is_dir() else learner.stem
+            try:
+                files: Files | Exception = _files(learner)
+            except (OSError, ValueError) as error:
+                files = error
+            found[str(learner) if name in found else name] = files
     if not found:
         raise ValueError("there is nothing to grade: name notebooks, files like my_zero.py, or a "
                          "folder with a file or a folder for each learner")
@@ -152,16 +187,38 @@ def handed_in(paths: Iterable[Path]) -> dict[str, dict[str, bytes]]:
 
 
 def _files(learner):
-    if learner.is_file():
-        name = learner.name if learner.suffix == ".ipynb" else "my_zero.py"
-        return {name: learner.read_bytes()} if learner.suffix in KINDS else {}
-    files = {str(path.relative_to(learner)): path.read_bytes() for path in learner.rglob("*")
-             if path.is_file() and path.stat().st_size <= LARGEST}
-    wanted = any(name.endswith(".ipynb") or name.endswith("my_zero.py") for name in files)
-    return files if wanted and not learner.name.startswith(".") else {}
+    if learner.is_dir():
+        found = {str(path.relative_to(learner)): path for path in learner.rglob("*")
+                 if path.is_file()}
+    elif learner.is_file():
+        found = {learner.name if learner.suffix.lower() != ".py" else "my_zero.py": learner}
+    else:
+        raise ValueError(f"{learner.name} is no file")
+    if not any(map(_answers, found)):
+        raise ValueError(f"{learner.name} " + ("has" if learner.is_dir() else "is") +
+                         " no notebook and no my_zero.py")
+    files = {}
+    for name, path in found.items():
+        if _answers(name) or path.stat().st_size <= LARGEST:
+            with path.open("rb") as file:
+                files[name] = file.read(LARGEST + 1)
+    return files
 
 
-def grade(learners: dict[str, dict[str, bytes]], seconds: float,
+def _answers(file: str) -> str | None:
+    """The kind of a file that is run; None for what lies beside it."""
+    path = Path(file)
+    if any(map(_is_hidden, path.parts)):
+        return None
+    kind = path.suffix.lower()
+    return kind if kind == ".ipynb" or path.name == "my_zero.py" else None
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in ("__pycache__", "__MACOSX")  # in the Mac's archives
+
+
+def grade(learners: dict[str, Files | Exception], seconds: float,
           done: Callable[[], None] = lambda: None) -> list[dict[str, Any]]:
     """A row for each learner: "points" and "of", for each exercise its points and the verdict, what
     "failed" meanwhile, and whether it was "graded" at all. seconds: for each notebook. done: is
@@ -180,7 +237,8 @@ def grade(learners: dict[str, dict[str, bytes]], seconds: float,
 
 
 def _row(name, files, seconds):
-    found = _found_in(files, seconds)
+    found: list[dict[str, Any]] = ([{"broken": str(files)}, {"done": True}]
+                                   if isinstance(files, Exception) else _found_in(files, seconds))
     asked = [name for line in found for name in line.get("asked", [])]
     exercises = {name: {"points": 0, "text": f"{name}: not yet."} for name in asked}
     for line in found:
@@ -199,23 +257,23 @@ def _row(name, files, seconds):
 
 def _found_in(files, seconds):
     """Run the learner's process, and return what it has found, all of it or until it was ended."""
-    key = secrets.token_hex().encode()
-    mark, notebooks = uuid.uuid4().hex, sum(name.endswith(KINDS) for name in files)
+    key, notebooks = secrets.token_hex().encode(), sum(map(bool, map(_answers, files)))
+    mark = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="zero_ref-", ignore_cleanup_errors=True) as temporary:
-        folder, own = Path(temporary, "work"), Path(temporary, "ipython")
-        for file, content in files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(content)
-        command = [sys.executable, "-P", "-m", "zero_ref.labs.grade", str(folder), str(seconds)]
-        environment = {**os.environ, _MARK: mark, "IPYTHONDIR": str(own)}
-        try:
-            text = subprocess.run(command, input=key + b"\n", stdout=subprocess.PIPE,
-                                  stderr=subprocess.DEVNULL, env=environment,
-                                  timeout=60 + notebooks * (seconds + 90)).stdout
-        except subprocess.TimeoutExpired as error:
-            text = error.stdout or b""
-        finally:
-            _end_all(mark)
+        command = [sys.executable, "-P", "-m", "zero_ref.labs.grade",
+                   str(Path(temporary, "work")), str(seconds)]
+        environment = {**os.environ, _MARK: mark, "IPYTHONDIR": str(Path(temporary, "ipython"))}
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, env=environment) as process:
+            try:
+                text, _ = process.communicate(pickle.dumps((key, files)),
+                                              60 + notebooks * (seconds + 90))
+            except subprocess.TimeoutExpired:
+                _end_all(process.pid)
+                process.kill()
+                text, _ = process.communicate()
+            finally:
+                _end_marked(mark)
     return [*_signed(text, key)]
 
 
@@ -231,9 +289,9 @@ def _signed(text: bytes, key: bytes) -> Iterator[dict[str, Any]]:
                 yield json.loads(found)
 
 
-def _end_all(mark):
-    """End what a notebook has started and left."""
-    import psutil  # comes with Jupyter's kernel
+def _end_marked(mark):
+    """End what a notebook has left that has ended the learner's process."""
+    import psutil
 
     for process in psutil.process_iter():
         with suppress(psutil.Error):

@@ -21,6 +21,7 @@ from ..observe.kernel import tcp_bytes_sent
 from ..ranks.errors import RankError, Stuck
 from ..ranks.launch import launch, processes, within
 from .exercise import Exercise, Mistake, Observed, Todo
+from .intact import intact
 
 _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
 LIMIT = 5  # seconds for an answer, beside a few times what the solution takes: milliseconds, mostly
@@ -226,7 +227,7 @@ def _observed(observe: Callable[[Any], Observed], answer: Any) -> Observed | Tod
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Ranks that are about to do different things say so, instead of waiting for each other.
-    with (checking.comparing(dist.group.WORLD, _checker()),
+    with (intact(), checking.comparing(dist.group.WORLD, _checker()),
           redirect_stdout(_Beginning(sys.stdout, PRINTED))):
         try:
             return observe(answer)
