@@ -12,6 +12,7 @@ import stat
 import time
 from collections import Counter, OrderedDict
 from pathlib import Path
+from unittest import mock
 
 import faults
 import kills
@@ -624,6 +625,18 @@ def test_export_import_and_show(tmp_path, capsys):
     for said in ("written by 3 ranks", "imported", "state.token.weight.exp_avg", "(11, 7)",
                  "float32", "308", "Adam, group 0 of", "lr=0.01", "step: 2"):
         assert said in printed, said
+    assert re.search(r"token\.weight +\(11, 7\) +float32 +308 +0–2 +\d+ *\n", printed)
+    assert re.search(r"norm\.running_mean +\(7,\) +float32 +28 +0 +1 *\n", printed)
+
+
+def test_show_prints_nothing_that_a_terminal_obeys(tmp_path, capsys):
+    def save():
+        zero_ref.save(tmp_path, *build(0), **{"a\x1b]0;b": "c\x1b"})
+
+    toy.ranks(save, 1)
+    assert main(["show", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "a\\x1b]0;b: 'c\\x1b'" in printed and "\x1b" not in printed
 
 
 def test_what_cannot_be_exported_or_imported_is_said(tmp_path, capsys):
@@ -638,6 +651,9 @@ def test_what_cannot_be_exported_or_imported_is_said(tmp_path, capsys):
     shard = tmp_path / "a/checkpoint-000001/model/rank0-0.safetensors"
     assert main(["import", str(shard), str(tmp_path / "c")]) == 2
     assert "has one rank's part of the tensors of a checkpoint" in capsys.readouterr().err
+    before = shard.read_bytes()
+    assert main(["export", str(tmp_path / "a"), str(shard)]) == 2 and shard.read_bytes() == before
+    assert "would lie in a checkpoint: name a file outside" in capsys.readouterr().err
     assert said.count("is no safetensors file") == 2 and not (tmp_path / "c").exists()
 
 
@@ -781,7 +797,9 @@ def edit(file, **changes):
             del tensors[name], where[name]
         else:
             tensors[name] = value
-            where.setdefault(name, {"saved_offsets": [0] * value.ndim})
+            if len(where.get(name, {"saved_offsets": ()})["saved_offsets"]) != value.ndim:
+                where[name] = {"saved_offsets": [0] * value.ndim}
+            where.setdefault(name, {"saved_offsets": []})
     safetensors.torch.save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(where)})
 
 
@@ -832,6 +850,51 @@ def of_other_content(good, tmp_path):
             rest["optimizers"][0]["states"].pop("norm.bias", None)
             file.write_text(json.dumps(rest))
 
+    def states_edited(change):
+        """change: of what rank 0 has described."""
+        def edited(checkpoint, manifest):
+            file = checkpoint / "rest/rank0.json"
+            rest = json.loads(file.read_text())
+            change(rest["optimizers"][0])
+            file.write_text(json.dumps(rest))
+
+        edited.__name__ = change.__name__
+        return edited
+
+    def state_lost_wholly(checkpoint, manifest):
+        state_missing(checkpoint, manifest)
+        del manifest["tensors"]["optimizer-0"]["state.norm.bias.exp_avg"]
+        for file in (checkpoint / "rest").glob("*.json"):
+            rest = json.loads(file.read_text())
+            rest["optimizers"][0]["states"].get("norm.bias", {}).pop("exp_avg", None)
+            file.write_text(json.dumps(rest))
+
+    def state_of_other_shape(checkpoint, manifest):
+        for file in (checkpoint / "optimizer-0").iterdir():
+            if "state.norm.bias.step" in tensors_of(file)[0]:
+                edit(file, state__norm__bias__step=torch.ones(2))
+        manifest["tensors"]["optimizer-0"]["state.norm.bias.step"][1] = [2]
+
+    def state_of_other_dtype(checkpoint, manifest):
+        for file in (checkpoint / "optimizer-0").iterdir():
+            for name, value in tensors_of(file)[0].items():
+                if name == "state.norm.bias.exp_avg":
+                    edit(file, state__norm__bias__exp_avg=value.to(torch.int8))
+        manifest["tensors"]["optimizer-0"]["state.norm.bias.exp_avg"][0] = "int8"
+
+    def option_of_other_type(optimizer):
+        for pair in optimizer["groups"][0]["options"]["dict"]:
+            if pair[0] == "lr":
+                pair[1] = "fast"
+
+    def option_of_other_length(optimizer):
+        for pair in optimizer["groups"][0]["options"]["dict"]:
+            if pair[0] == "betas":
+                pair[1] = {"tuple": [0.9]}
+
+    def other_number_of_ranks(checkpoint, manifest):
+        manifest["world_size"] += 1
+
     def of_another_optimizer(checkpoint, manifest):
         manifest["tensors"]["optimizer-1"] = {}
 
@@ -852,6 +915,12 @@ def of_other_content(good, tmp_path):
                          (a_size_of_no_tensor, "state.norm.bias.step"),
                          (state_missing, "state.norm.bias.exp_avg"),
                          (state_not_described, "state.norm.bias.exp_avg"),
+                         (state_lost_wholly, "state 'exp_avg', and 'norm.bias' does not"),
+                         (state_of_other_shape, "'step' of 'norm.bias' is (2,) float32"),
+                         (state_of_other_dtype, "'exp_avg' of 'norm.bias' is (7,) int8"),
+                         (states_edited(option_of_other_type), "lr='fast', and here it is 0.01"),
+                         (states_edited(option_of_other_length), "betas=(0.9,)"),
+                         (other_number_of_ranks, "does not say that 3 ranks have written it"),
                          (of_another_optimizer, "optimizer-1"),
                          (no_extra, "rest/rank0.json: 'extra' is missing")):
         path = tmp_path / change.__name__
@@ -961,6 +1030,24 @@ def hostile(good, tmp_path):
     def deep_json(checkpoint, manifest):
         (checkpoint / "rest/rank0.json").write_text("[" * 100_000)
 
+    def many_values(checkpoint, manifest):
+        (checkpoint / "rest/rank0.json").write_bytes(b"[" + b"[]," * 5_000_001 + b"[]]")
+
+    def deep_extra(checkpoint, manifest):
+        file = checkpoint / "rest/rank0.json"
+        rest = json.loads(file.read_text())
+        rest["extra"] = {"deep": None}
+        file.write_text(json.dumps(rest).replace("null", "[" * 900 + "]" * 900))
+
+    def deep_metadata(checkpoint, manifest):
+        tensors, _ = tensors_of(checkpoint / first)
+        safetensors.torch.save_file(tensors, checkpoint / first,
+                                    {"DCP_SHARDING_INFO": "[" * 100_000})
+
+    def no_tensor_of_a_generator(checkpoint, manifest):
+        file = checkpoint / "rest/rank1.json"
+        file.write_text(re.sub(r'"tensor": "\d+"', '"tensor": "77"', file.read_text()))
+
     def other_options(checkpoint, manifest):
         file = checkpoint / "rest/rank0.json"
         rest = json.loads(file.read_text())
@@ -990,14 +1077,18 @@ def hostile(good, tmp_path):
         (checkpoint / first).write_bytes(len(header).to_bytes(8, "little") + header.encode() +
                                          bytes(4))
 
+    said = {many_values: "rest/rank0.json is no JSON of a checkpoint: it has more than 10,000,000",
+            deep_extra: "rest/rank0.json: too deep",
+            no_tensor_of_a_generator: "rest/rank1.safetensors has no '77'"}
     for change in (a_pickle, a_pickle_for_json, traversal, absolute, a_link, a_linked_folder,
                    a_pipe, header_bomb, huge_shape, huge_in_the_manifest, twice_in_a_header,
-                   deep_json, other_options, other_generators, a_pipe_that_is_not_listed,
+                   deep_json, many_values, deep_extra, deep_metadata, no_tensor_of_a_generator,
+                   other_options, other_generators, a_pipe_that_is_not_listed,
                    a_generator_that_reads_beyond_its_numbers):
         path = tmp_path / change.__name__
         shutil.copytree(good, path)
         rewrite(path, change)
-        yield str(path), [str(path)]
+        yield str(path), [str(path), said.get(change, "")]
     path = tmp_path / "huge_header"  # too large to be hashed here
     shutil.copytree(good, path)
     huge_header(path / "checkpoint-000002", None)
@@ -1011,7 +1102,7 @@ def hostile(good, tmp_path):
 
 def test_a_hostile_checkpoint_runs_nothing_allocates_nothing_and_writes_nothing(good, tmp_path):
     cases = [*hostile(good, tmp_path)]
-    assert len(cases) == 18
+    assert len(cases) == 22
 
     def load_all():
         return max(most_bytes(torch.device("cpu"), lambda case=case: unchanged_by(*case))
@@ -1372,6 +1463,20 @@ def save_one_optimizer_less(path):
         optimizer.step()
     with pytest.raises(ValueError, match="do all ranks save the same optimizers"):
         zero_ref.save(path, model, optimizers[: 2 - dist.get_rank()])
+
+
+def test_folders_that_ranks_do_not_share_and_too_many_tensors_are_said(tmp_path):
+    def save_in_my_own():
+        model, optimizer = build(1)
+        with pytest.raises(OSError, match=r"rank 1 does not find .*, which rank 0 has made: save "
+                                          "needs a folder that all ranks share"):
+            zero_ref.save(tmp_path / str(model.rank), model, optimizer)
+        with (mock.patch.object(shards, "_LARGEST_HEADER", 200),
+              pytest.raises(OSError, match=r"tensors are too many for the header of a file")):
+            zero_ref.save(tmp_path / "shared", model, optimizer)
+
+    toy.ranks(save_in_my_own, 2)
+    assert not [*tmp_path.rglob("checkpoint-*")] and not [*tmp_path.rglob(".writing-*")]
 
 
 def test_what_would_not_load_is_not_committed(tmp_path):

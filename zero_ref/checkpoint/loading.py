@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..engine.optimizers import ELEMENTS
+from ..engine.optimizers import ELEMENTS, ELEMENTWISE
 from ..engine.shell import Shell
 from . import contents, folder
 from .folder import Damaged
@@ -98,6 +98,10 @@ class Source:
             if self.optimizers is not None:
                 self._add_states_of_others()
             wanted = {"model", *(f"optimizer-{i}" for i in range(len(self.optimizers or ())))}
+            written_by = sum(file.startswith("rest/") and file.endswith(".json") for file in files)
+            if self.optimizers is not None and self.manifest.get("world_size") != written_by:
+                raise Damaged(f"{checkpoint / folder.MANIFEST} does not say that {written_by} "
+                              "ranks have written it")
             for part in sorted(wanted ^ self.parts.keys()):
                 raise Damaged(f"{checkpoint / folder.MANIFEST}: the tensors of {part!r} " + (
                     "are missing" if part in wanted else "belong to nothing"))
@@ -110,7 +114,15 @@ class Source:
         return {name: self.unpacked(value) for name, value in self.rest["extra"].items()}
 
     def unpacked(self, packed: Any, rank: int = 0) -> Any:
-        return unpack(packed, lambda key: self._plain(rank)[key])
+        def tensor(key):
+            if key not in (tensors := self._plain(rank)):
+                raise Damaged(f"{self.checkpoint}/rest/rank{rank}.safetensors has no {key!r}")
+            return tensors[key]
+
+        try:
+            return unpack(packed, tensor)
+        except RecursionError:
+            raise Damaged(f"{self.checkpoint}/rest/rank{rank}.json: too deep") from None
 
     def generators(self, model: Shell) -> dict[str, Any] | None:
         """Those of the rank that had this one's number."""
@@ -177,8 +189,10 @@ def _check_model(source, model):
                          "checkpoint of another model")
     for name, (dtype, shape) in wanted.items():
         if saved[name] != [dtype, shape]:
+            help_ = (": convert it before it is imported"
+                     if imported and saved[name][1] == shape else "")
             raise ValueError(f"{where}: {name!r} is {tuple(saved[name][1])} {saved[name][0]} in "
-                             f"the checkpoint, and {tuple(shape)} {dtype} in the model")
+                             f"the checkpoint, and {tuple(shape)} {dtype} in the model{help_}")
     for one, (name, *others) in tied:
         for other in others:
             if not torch.equal(*(  # as bits: NaN is not equal to itself
@@ -208,17 +222,17 @@ def _check_optimizers(source, model, optimizers):
     found = []
     owned = contents.owned(model)
     for index, (saved, optimizer) in enumerate(zip(source.optimizers, optimizers)):
-        kind = type(optimizer).__name__
+        kind, where = type(optimizer).__name__, f"{source.checkpoint}:"
         if saved["class"] != kind:
             raise ValueError(f"{source.checkpoint} has the states of {saved['class']}, and this is "
                              f"{kind}")
-        _check_groups(f"{source.checkpoint}:", saved["groups"], optimizer, owned)
-        _check_states(f"{source.checkpoint}:", saved["states"],
-                      source.parts[f"optimizer-{index}"].listed, kind, owned)
+        _check_groups(where, saved["groups"], optimizer, owned)
+        tensors = source.parts[f"optimizer-{index}"].listed
+        _check_states(where, saved["states"], tensors, kind, owned)
+        if type(optimizer) in ELEMENTWISE:
+            _check_torchs_states(where, saved, tensors)
         options = [source.unpacked(group["options"]) for group in saved["groups"]]
-        if not all(type(group) is dict for group in options) or any(
-                type(key) is not str or key == "params" for group in options for key in group):
-            raise Damaged(f"{source.checkpoint}: the options of {kind} are none")
+        _check_options(where, options, optimizer)
         found.append((options, {
             (name, key): source.unpacked(how["value"], how.get("rank", 0))
             for name, states in saved["states"].items()
@@ -242,6 +256,28 @@ def _check_groups(where, saved, optimizer, owned):
                          f"{len(optimizer.param_groups)} here")
 
 
+def _check_options(where, saved, optimizer):
+    """Numbers where there are numbers, and so on."""
+    for number, (group, of_saved) in enumerate(zip(optimizer.param_groups, saved)):
+        kind = f"group {number} of {type(optimizer).__name__}"
+        if type(of_saved) is not dict or any(
+                type(key) is not str or key == "params" for key in of_saved):
+            raise Damaged(f"{where} the options of {kind} are none")
+        for key in of_saved.keys() & group.keys():
+            if not _alike(of_saved[key], group[key]):
+                raise Damaged(f"{where} {kind} has {key}={of_saved[key]!r}, and here it is "
+                              f"{group[key]!r}")
+
+
+def _alike(a, b):
+    if a is None or b is None:  # such as foreach, which may be decided later
+        return True
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    numbers = bool | int | float | torch.Tensor
+    return type(a) is type(b) or (isinstance(a, numbers) and isinstance(b, numbers))
+
+
 def _check_states(where, saved, tensors, kind, owned):
     """What the states are described as, against the tensors that the files have."""
     shape_of = {one.names[0]: list(one.shape) for one in owned}
@@ -258,6 +294,23 @@ def _check_states(where, saved, tensors, kind, owned):
                               "shape")
             if how == "whole" and not dtype_and_shape:
                 raise Damaged(f"{where} the state {key!r} of {name!r} is missing")
+
+
+def _check_torchs_states(where, saved, tensors):
+    """torch's own have the same states of all parameters of a group, once these have had a
+    gradient: as large as the parameter, or one number."""
+    for group in saved["groups"]:
+        there = [name for name in group["params"] if saved["states"].get(name)]
+        for name in there:
+            states, first = saved["states"][name], saved["states"][there[0]]
+            for key in sorted(states.keys() ^ first.keys()):
+                has, lacks = (name, there[0]) if key in states else (there[0], name)
+                raise Damaged(f"{where} {has!r} has the state {key!r}, and {lacks!r} does not")
+            for key, how in states.items():
+                dtype, shape = tensors.get(f"state.{name}.{key}", ("float32", []))
+                if (how == "whole" and shape) or "int" in dtype or dtype == "bool":
+                    raise Damaged(f"{where} the state {key!r} of {name!r} is {tuple(shape)} "
+                                  f"{dtype}, as torch has none")
 
 
 def _fill_model(source, model):

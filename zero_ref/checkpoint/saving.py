@@ -192,10 +192,11 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
     """Called on every rank, in a thread of its own perhaps."""
     files: dict[str, Any] = {}
     problem: Exception | None = None
+    found = aside.is_dir()
     try:
-        if not aside.is_dir():
+        if not found:
             raise OSError(f"rank {rank} does not find {aside}, which rank 0 has made: save needs a "
-                          "folder that all ranks share")
+                          "folder that all ranks share, and in which no other run saves")
         written = [file for part, of_part in pieces.items()
                    for file in shards.write(aside / part, of_part, rank)]
         written.append(aside / "rest" / f"rank{rank}.json")
@@ -207,7 +208,7 @@ def _write(aside, pieces, rest, tensors, keep, rank, group):
         files = {str(file.relative_to(aside)): folder.facts(file) for file in written}
     except Exception as error:
         problem = OSError(said(error) if str(aside) in said(error) else f"{aside}: {said(error)}")
-        if not aside.is_dir():
+        if found and not aside.is_dir():
             problem = OSError(f"{aside} is gone, so that another run saves in this folder, too: "
                               "give each a folder of its own")
     final = None

@@ -65,6 +65,8 @@ def _save(tensors, file, header):
         save_file(own, file, {"format": "pt", **header})
     except SafetensorError as error:
         raise OSError(f"{file}: {error}") from None
+    if _header_bytes(file) > _LARGEST_HEADER:
+        raise OSError(f"{file}: {len(tensors):,} tensors are too many for the header of a file")
     file.chmod(file.parent.stat().st_mode & 0o666)  # who may read the folder may read the file
     folder.sync(file)
 
@@ -129,7 +131,8 @@ class Shards:
                 if name not in self.listed:
                     raise Damaged(f"{path}: {name!r} is there, and the manifest does not list it")
                 self._boxes[name].append((self._box(path, file, name, offsets), file, path))
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError,
+                RecursionError) as error:
             if isinstance(error, Damaged):
                 raise
             raise Damaged(f"{path} is no file of a checkpoint: {error}") from None
@@ -167,11 +170,15 @@ class Shards:
 
 def check_header(path: Path) -> None:
     """Before a reader allocates what a header asks for."""
-    with open(path, "rb") as opened:
-        start = opened.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    length = _header_bytes(path)
     if not 0 < length <= min(_LARGEST_HEADER, path.stat().st_size - 8):
         raise Damaged(f"{path} is no safetensors file: its header would have {length:,} bytes")
+
+
+def _header_bytes(path):
+    with open(path, "rb") as opened:
+        start = opened.read(8)
+    return struct.unpack("<Q", start)[0] if len(start) == 8 else 0
 
 
 def _part(file, name, box):

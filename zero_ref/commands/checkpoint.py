@@ -28,19 +28,31 @@ def show(path: Path) -> None:
             table.add_column("tensor", overflow="fold")
             for heading in ("shape", "dtype"):
                 table.add_column(heading, no_wrap=True)
-            for heading in ("bytes", "boxes"):
+            for heading in ("bytes", "ranks", "boxes"):
                 table.add_column(heading, justify="right", no_wrap=True)
             for name, (dtype, shape) in shards.listed.items():
-                table.add_row(name, str(tuple(shape)), dtype,
+                boxes = shards.boxes_of(name)
+                table.add_row(_printable(name), str(tuple(shape)), dtype,
                               f"{prod(shape) * getattr(torch, dtype).itemsize:,}",
-                              str(len(shards.boxes_of(name))))
+                              _of_ranks(file for _, file in boxes), str(len(boxes)))
             Console(highlight=False, markup=False, emoji=False).print(table)
         for optimizer in source.optimizers or ():
             for number, group in enumerate(optimizer["groups"]):
-                options = ", ".join(f"{key}={value}" for key, value in source.unpacked(
+                options = ", ".join(f"{key}={value!r}" for key, value in source.unpacked(
                     group["options"]).items())
-                print(f"{optimizer['class']}, group {number} of {len(group['params'])} parameters: "
-                      f"{options}")
+                print(_printable(f"{optimizer['class']}, group {number} of {len(group['params'])} "
+                                 f"parameters: {options}"))
         for name, value in source.extra().items():
             text = repr(value)
-            print(f"{name}: {text if len(text) <= 200 else text[:200] + '…'}")
+            print(_printable(f"{name}: {text if len(text) <= 200 else text[:200] + '…'}"))
+
+
+def _of_ranks(files):
+    """Whose files these are: of ranks one after another, as their slices are."""
+    ranks = [int(file.removeprefix("rank").partition("-")[0]) for file in files]
+    return str(min(ranks)) if min(ranks) == max(ranks) else f"{min(ranks)}–{max(ranks)}"
+
+
+def _printable(text: str) -> str:
+    """Strangers' names may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
