@@ -2,7 +2,7 @@
 
 A single rank talks over NCCL, and more ranks than GPUs share these and talk over gloo. What a test
 does is in a function that takes the device, and can be called for a CPU, too. How long steps take
-is measured with gpt_350m.py.
+is printed by the last test, and measured with the command in gpt_350m.py.
 """
 
 import gc
@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy
@@ -288,3 +289,61 @@ def travels(world_size, optimizer, saved_on, loaded_on, path):
 def test_checkpoints_travel_between_cpu_and_gpu(world_size, optimizer, saved_on, loaded_on,
                                                 tmp_path):
     travels(world_size, optimizer, saved_on, loaded_on, tmp_path)
+
+
+def fits_every_stage(device, backend, asynchronous, path):
+    def saved():
+        model, opt = trained(0, [0, 1, 2])
+        zero_ref.save(path, model, opt, asynchronous=asynchronous).wait()
+        return a_step_later(model, opt)
+
+    def loaded(stage):
+        model, opt = trained(stage, [7])
+        zero_ref.load(path, model, opt)
+        return a_step_later(model, opt)
+
+    def trained(stage, steps):
+        model = zero_ref.wrap(toy.build(), stage)
+        opt = OPTIMIZERS["adam"](model.parameters())
+        train(model, opt, steps)
+        return model, opt
+
+    def a_step_later(model, opt):
+        assert dist.get_backend(model.group) == backend
+        train(model, opt, [3])
+        return {name: value.cpu() for name, value in model.state_dict().items()}
+
+    where = {"device": device, "backend": backend}
+    [undisturbed] = toy.ranks(saved, 1, **where)
+    for stage in STAGES:
+        assert toy.equal(toy.ranks(loaded, 1, stage, **where)[0], undisturbed)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_checkpoint_over_nccl_fits_every_stage(asynchronous, tmp_path):
+    fits_every_stage("cuda", "nccl", asynchronous, tmp_path)
+
+
+# ---- as large as people train --------------------------------------------------------------------
+
+
+def beside_the_bare_module_and_fsdp2(model, device, tmp_path):
+    """Returns the number of parameters."""
+    file = tmp_path / "gpt.json"
+    assert main(["bench", "--model", str(model), "--device", device, "--world-size", "1",
+                 "--rounds", "1", "--steps", "3", "--json", str(file),
+                 "--systems", *(f"stage {stage}" for stage in STAGES), "FSDP2"]) == 0
+    [part] = json.loads(file.read_text())["parts"]
+    losses = {row["system"]: row["loss"] for row in part["systems"]}
+    assert len({losses[f"stage {stage}"] for stage in STAGES}) == 1, losses
+    for other in ("floor", "FSDP2"):  # the floor is the bare module
+        assert losses["stage 0"] == pytest.approx(losses[other], rel=0.01), losses
+    for row in part["systems"]:
+        assert row["peak_bytes"] >= row["formula_bytes"], row
+    return part["numel"]
+
+
+def test_a_gpt_of_350_million_parameters_in_bf16(tmp_path):
+    numel = beside_the_bare_module_and_fsdp2(Path(__file__).parent / "gpt_350m.py", "cuda",
+                                             tmp_path)
+    assert numel > 350_000_000

@@ -146,7 +146,7 @@ def new_tensors_in(dtype):
         torch.set_default_dtype(before)
 
 
-def ranks(fn, world_size, *args, dtype=torch.float32, device="cpu", **kwargs):
+def ranks(fn, world_size, *args, dtype=torch.float32, device="cpu", backend=None, **kwargs):
     """What `fn` returns on each rank, where its new parameters and data have this dtype, and those
     of this file are on this device.
 
@@ -164,7 +164,7 @@ def ranks(fn, world_size, *args, dtype=torch.float32, device="cpu", **kwargs):
             return fn(*args, **kwargs)
 
     unpatched = zero_ref.wrap
-    return zero_ref.launch(on_rank, world_size)
+    return zero_ref.launch(on_rank, world_size, backend=backend)
 
 
 # ---- what others compute -------------------------------------------------------------------------
