@@ -56,7 +56,7 @@ def test_a_mended_stage_keeps_all_promises(name):
 @pytest.mark.parametrize("name", hunt.BUGS)
 def test_a_broken_stage_breaks_what_it_should(name):
     seen, ends = seen_of(name, "broken"), name in SEEN
-    assert all(("diverged" not in rank) == ends == hunt.BUGS[name].ends for rank in seen)
+    assert all(("diverged" not in rank) == ends == (hunt.BUGS[name].hangs is None) for rank in seen)
     if ends:
         bits, wrong_bytes = SEEN[name]
         right = seen_of(name, "mended")
@@ -75,6 +75,8 @@ def test_symptoms_are_printed(capsys):
     shown = capsys.readouterr().out
     assert "It does not end." in shown
     assert "  rank 1: all_gather '1' in phase 'step'" in shown
+    assert re.search(r"  optimizer states +3,264 +3,264\n", shown)
+    assert "Collectives of the step before:\n  6 reduce_scatter in backward\n" in shown
     hunt.symptoms("11.4")
     shown = capsys.readouterr().out
     assert "Rank 0 has the right bits: NO" in shown
@@ -87,8 +89,21 @@ def test_what_there_is_not_is_said():
         hunt.symptoms("12.1")
     with pytest.raises(ValueError, match="optimizer='adam': must be one of Adam, SGD"):
         hunt.symptoms("11.2", "adam")
-    with pytest.raises(ValueError, match=r"a step of 11\.10 does not end"):
-        hunt.timeline("11.10")
+
+
+@pytest.mark.parametrize(("name", "which", "alone", "others"), [
+    ("11.3", 0, ["forward", "backward"], ["forward", "backward", "step", "forward"]),
+    ("11.10", 1, ["forward", "backward", "step"], ["forward", "backward"])])
+def test_a_timeline_without_an_end_shows_where_each_rank_stays(name, which, alone, others):
+    bug = hunt.BUGS[name]
+    recordings = zero_ref.launch(hunt._recorded, 4, name, bug.broken, bug.optimizer)
+    phases = [[span.phase for span in recording.spans] for recording in recordings]
+    assert phases == [alone if rank == which else others for rank in range(4)]
+    waiting = [recording.spans[-1] for recording in recordings if recording.rank != which]
+    assert all(span.end - span.start > 0.009 for span in waiting)
+    if name == "11.3":  # whose rank 0 saves, and is in none of these phases
+        assert all(span.end - recordings[0].spans[-1].end > 0.009 for span in waiting)
+    assert "Timeline" in hunt.timeline(name).text
 
 
 class RoundsUp(hunt.DropsTheRemainder):
