@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,8 @@ from .on_stages import weights_of
 
 if TYPE_CHECKING:
     from ..viz import Picture
+
+STEPS = 5
 
 # ---- the bugs ------------------------------------------------------------------------------------
 
@@ -247,6 +250,7 @@ def _plain(model, step, seen):
 def _saved(model, step, seen):
     loss = _plain(model, step, seen)
     if step == 1:
+        seen["phases"].append(("", time.monotonic()))  # backward is over, and this is none
         file = io.BytesIO()
         model.save(file)
         file.seek(0)
@@ -296,7 +300,7 @@ def _sgd(params):
 @dataclass(frozen=True)
 class Bug:
     """stage: what it says it is. step: a step of training up to the optimizer's, which returns the
-    loss. ends: whether it does, or ranks wait for each other for ever."""
+    loss. hangs: the step in which ranks begin to wait for each other for ever."""
 
     broken: type
     mended: type
@@ -305,14 +309,14 @@ class Bug:
     build: Callable[[int], nn.Module] = course.build
     optimizer: str = "Adam"
     world_size: int = 4
-    ends: bool = True
+    hangs: int | None = None
 
 
 BUGS = {
     "11.0": Bug(AveragesUpdated, small.Stage1, stage=1),
     "11.1": Bug(ReducesTheParameter, small.Stage0, stage=0),
     "11.2": Bug(Sums, small.Stage1, stage=1, optimizer="SGD"),
-    "11.3": Bug(SavesAlone, SavesTogether, stage=3, step=_saved, ends=False),
+    "11.3": Bug(SavesAlone, SavesTogether, stage=3, step=_saved, hangs=1),
     "11.4": Bug(DropsTheRemainder, CutsTheWholeBuffer, stage=1, world_size=3),
     "11.5": Bug(ClipsByTheLocalNorm, ClipsByTheGlobalNorm, stage=2, step=_clipped,
                 optimizer="SGD"),
@@ -320,9 +324,8 @@ BUGS = {
     "11.7": Bug(GathersTheWholeModel, small.Stage3, stage=3),
     "11.8": Bug(CountsTiedTwice, CountsTiedOnce, stage=1, build=tied),
     "11.9": Bug(EntersNoSyncTooLate, EntersNoSyncInTime, stage=1, step=_accumulated),
-    "11.10": Bug(SkipsAlone, SkipsTogether, stage=1, step=_with_spikes, ends=False),
+    "11.10": Bug(SkipsAlone, SkipsTogether, stage=1, step=_with_spikes, hangs=1),
 }
-STEPS = 5
 _OPTIMIZERS = {"Adam": _adam, "SGD": _sgd}
 
 
@@ -351,39 +354,41 @@ class _Ledger(Trace):
         self.most = {what: max(now[what], most) for what, most in self.most.items()}
 
 
-def run(name: str, answer: Any, optimizer: str, seen: dict[str, Any]) -> None:
-    """Train for some steps. seen: takes what there is to be seen of it; of a step, of the last."""
-    bug, full, begun, done = BUGS[name], [], [], []
+def run(name: str, answer: Any, optimizer: str, seen: dict[str, Any],
+        since: int = STEPS - 1) -> None:
+    """Train for some steps. seen: takes what there is to be seen of it; of a step, of the last that
+    has ended. Its "phases", each with its beginning, and what was "issued" are those from step
+    `since` on."""
+    bug, full = BUGS[name], []
 
     def reduce(self, unit, grad):
         full.append(weakref.ref(grad))
         answer.reduce(self, unit, grad)
         ledger.look()
 
-    def noted(times):  # but for a forward that backward does not follow
-        return lambda *_: times.append(time.monotonic()) if torch.is_grad_enabled() else None
+    def noted(phase):
+        def note(*_):
+            if torch.is_grad_enabled():  # not a forward that backward does not follow
+                seen["phases"].append((phase, time.monotonic()))
+        return note
 
     model = type(answer.__name__, (answer,), {"reduce": reduce})(bug.build(dist.get_rank()))
-    model.register_forward_pre_hook(noted(begun))
-    model.register_forward_hook(noted(done))
+    model.register_forward_pre_hook(noted("forward"))
+    model.register_forward_hook(noted("backward"))  # a micro-batch's, up to the next forward
     opt = _OPTIMIZERS[optimizer](model.parameters())
     ledger, seen["losses"] = _Ledger(model, full), []
     with recording_into(ledger):
         for step in range(STEPS):
-            ledger.events, begun[:], done[:] = [], [], []
+            if step <= since:
+                seen["phases"], seen["issued"] = [], []
+                ledger.events = seen["issued"]
             loss = bug.step(model, step, seen)
             seen["losses"].append(loss.item())
-            seen["held"], steps = memory.resident(model, opt), time.monotonic()
+            seen["phases"].append(("step", time.monotonic()))
             opt.step()
+            seen["held"] = memory.resident(model, opt)  # Adam, too, has states by now
             opt.zero_grad()
-    # A micro-batch's backward is what comes after its forward.
-    spans = [*(Span("forward", "", *times) for times in zip(begun, done)),
-             *(Span("backward", "", *times) for times in zip(done, [*begun[1:], steps])),
-             Span("step", "", steps, time.monotonic())]
-    seen["recording"] = Recording(
-        model.rank, model.world_size, bug.stage, False, [],
-        [Frame("start", "", "", begun[0], {}, {}, 0)], ledger.events, spans)
-    seen["events"], seen["most"] = ledger.events, ledger.most
+            seen["events"], seen["most"] = ledger.events, ledger.most
     seen["weights"] = weights_of(model)
 
 
@@ -392,30 +397,40 @@ def _bytes(tensors):
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def watched(name, answer, optimizer):
+def watched(name, answer, optimizer, since=STEPS - 1):
     """Like `run`, but ranks that diverge say where they are, in place of waiting for ever."""
     seen: dict[str, Any] = {}
     with checking.comparing(dist.group.WORLD, checking.Checker(dist.group.WORLD)):
         try:
-            run(name, answer, optimizer, seen)
+            run(name, answer, optimizer, seen, since)
         except RuntimeError as error:
             seen["diverged"] = str(error)
     return seen
 
 
 def _recorded(name, answer, optimizer):
-    seen: dict[str, Any] = {}
-    run(name, answer, optimizer, seen)
-    return seen["recording"]
+    bug, seen = BUGS[name], {}
+    if bug.hangs is None:
+        run(name, answer, optimizer, seen)
+    else:
+        seen = watched(name, answer, optimizer, bug.hangs)
+        time.sleep(0.01)  # as they would for ever
+    phases = [*seen["phases"], ("", time.monotonic())]
+    spans = [Span(phase, "", start, end)
+             for (phase, start), (_, end) in pairwise(phases) if phase]
+    begin = Frame("start", "", "", spans[0].start, {}, {}, 0)
+    return Recording(dist.get_rank(), bug.world_size, bug.stage, False, [], [begin],
+                     seen["issued"], spans)
 
 
 # ---- what is shown of it -------------------------------------------------------------------------
 
 
-def symptoms(name: str, optimizer: str | None = None) -> "Picture | None":
+def symptoms(name: str, optimizer: str | None = None) -> "Picture":
     """Train with the broken stage on real ranks, and print what there is to be seen: whether it
     ends, the loss beside that of the right stage, bytes beside the formula, and collectives.
-    Returns the timeline of a step, if that ends.
+    Returns the timeline of a step. If that does not end, bytes and collectives are of the step
+    before.
 
     optimizer: "Adam" or "SGD", by default the one with which the bug shows."""
     bug, optimizer = _known(name, optimizer)
@@ -423,7 +438,7 @@ def symptoms(name: str, optimizer: str | None = None) -> "Picture | None":
                    for answer in (bug.broken, bug.mended))
     print(f"{name}: stage {bug.stage} with {optimizer} on {bug.world_size} ranks\n")
     print("\n\n".join("\n".join(part) for part in _parts(bug, optimizer, seen, right)))
-    return timeline(name, optimizer) if bug.ends else None
+    return timeline(name, optimizer)
 
 
 def _parts(bug, optimizer, seen, right):
@@ -431,12 +446,13 @@ def _parts(bug, optimizer, seen, right):
     yield _losses(seen, right)
     if "norms" in seen[0]:
         yield _norms(seen)
-    if diverged is not None:
+    if diverged is None:
+        yield ["It ends.", *_weights(seen, right)]
+    else:
         yield ["It does not end. Ranks wait for each other:", *_where(diverged)]
-        return
-    yield ["It ends.", *_weights(seen, right)]
     yield _held(bug, optimizer, seen[0])
-    yield ["Collectives of a step:", *_collectives(seen[0]["events"])]
+    of = "a step" if diverged is None else "the step before"
+    yield [f"Collectives of {of}:", *_collectives(seen[0]["events"])]
 
 
 def _losses(seen, right):
@@ -512,12 +528,11 @@ def formula(bug: Bug, optimizer: str) -> dict[str, int]:
 
 
 def timeline(name: str, optimizer: str | None = None) -> "Picture":
-    """When each rank computed, sent and waited in a step of a broken stage."""
+    """When each rank computed, sent and waited in a step of a broken stage. If ranks wait for each
+    other for ever, it shows what they do from that step on, and breaks off soon after."""
     from .. import viz
 
     bug, optimizer = _known(name, optimizer)
-    if not bug.ends:
-        raise ValueError(f"a step of {name} does not end, so it has no timeline")
     return viz.timeline(launch(_recorded, bug.world_size, name, bug.broken, optimizer,
                                backend="cpu:gloo"))
 

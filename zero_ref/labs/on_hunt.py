@@ -1,5 +1,6 @@
 """Exercises on the broken stages of hunt.py: each is to be mended, and judged as a stage is."""
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,6 +17,8 @@ from .on_stages import WAIT_HINTS, what_was_sent
 
 def _observe(name: str, answer: type) -> Observed:
     bug, seen = hunt.BUGS[name], {}
+    if gone := _gone(bug.broken, answer):
+        raise TypeError(f"the method {gone[0]} is gone; keep it, and mend the line that is wrong")
     hunt.run(name, answer, bug.optimizer, seen)
     training = [event for event in seen["events"]
                 if event.phase in ("forward", "backward", "step")]  # not of clipping, say
@@ -40,6 +43,15 @@ def _observe(name: str, answer: type) -> Observed:
     return found | {"weights": seen["weights"]}
 
 
+def _gone(broken: type, answer: type) -> list[str]:
+    """The methods of the broken class that neither the answer defines nor a class of the learner's
+    above it. What is deleted is inherited from a stage that is right, and no line is mended.
+    (`__init__` may go, since every module has one: who mends 11.6 needs no bucket.)"""
+    own = [answer, *(cls for cls in answer.__mro__ if cls.__module__ != small.__name__)]
+    return [name for name, value in vars(broken).items()
+            if inspect.isfunction(value) and not any(name in vars(cls) for cls in own)]
+
+
 # ---- wrong repairs -------------------------------------------------------------------------------
 
 
@@ -57,6 +69,12 @@ class _AveragesAfterTheStep(small.Stage0):
     def after_step(self, unit):
         comm.all_reduce(unit.flat, self.group, unit=unit.name, phase="step",
                         divide_by=self.world_size).wait()
+
+
+class _DoesNotDivide(small.Stage0):
+    def reduce(self, unit, grad):
+        comm.all_reduce(grad, self.group, unit=unit.name, phase="backward").wait()
+        unit.owned.grad = grad
 
 
 class _ReducesWhatIsNotThere(small.Stage0):
@@ -122,7 +140,7 @@ class _CutsElsewhere(hunt.DropsTheRemainder):
         return unit.shard
 
 
-class _GradientStaysShort(small.Stage1):
+class _GradientStaysShort(hunt.CutsTheWholeBuffer):
     def reduce(self, unit, grad):
         size = sum(p.numel() for p in unit.params) // self.world_size
         super().reduce(unit, grad[: size * self.world_size])
@@ -194,6 +212,9 @@ class _EverythingForEach(small.Stage3):
 
 
 class _KeptUntilBackward(small.Stage3):
+    def before_forward(self, unit):
+        self.gather(unit, "forward")
+
     def after_forward(self, unit, output):
         pass
 
@@ -252,6 +273,19 @@ class _MeanDecides(small.Stage1):
         return total.item() / self.world_size > 10
 
 
+class _AllHaveToAgree(small.Stage1):
+    def skips(self, loss):
+        smallest = loss.detach().clone()
+        dist.all_reduce(smallest, dist.ReduceOp.MIN, group=self.group)
+        return smallest.item() > 10
+
+
+class _SumDecides(small.Stage1):
+    def skips(self, loss):
+        dist.all_reduce(loss, group=self.group)
+        return loss.item() > 10
+
+
 class _Rank0Decides(small.Stage1):
     def skips(self, loss):
         of_rank_0 = loss.detach().clone()
@@ -285,6 +319,9 @@ def _exercise(name: str, takes: str, *repairs: Mistake, broken: Mapping[str, Any
 _DIVERGE, _ASSIGNS = "diverge", "assign a gradient of size"
 _UNEVEN = ("The slices of the parameters and those of the gradient have different sizes. Both have "
            "to be cut alike, into slices of one size.")
+_OUTVOTED = ("All ranks decide alike, but where one rank's loss is large and the others' are not, "
+             "the step is not left out.")
+_LEFT_OUT = ["steps that were left out"]  # whether the losses were exchanged in place or as a copy
 
 ON_HUNT = {
     "11.1": _exercise(
@@ -294,6 +331,8 @@ ON_HUNT = {
         Mistake(_AveragesAfterTheStep, "The ranks end with the same weights, but each has let its "
                 "optimizer see its own gradient. A mean of updates is not the update that belongs "
                 "to the mean."),
+        Mistake(_DoesNotDivide, "The right tensor is reduced now, but the optimizer gets the sum "
+                "over the ranks, and not their mean."),
         Mistake(_ReducesWhatIsNotThere, "unit.owned.grad is None until somebody assigns it.",
                 "'NoneType' object"),
         broken=dict(hint="Each rank follows its own gradient, and the ranks drift apart. Look at "
@@ -375,10 +414,12 @@ ON_HUNT = {
                     "backward reduces, and what does it know by then?")),
     "11.10": _exercise(
         "11.10", "a class like small.Stage1, with a method skips(self, loss)",
-        Mistake(_MeanDecides, "All ranks decide alike, but by the mean: where one rank's loss is "
-                "large and the others' are not, the step is not left out."),
+        Mistake(_MeanDecides, _OUTVOTED, by=_LEFT_OUT),
+        Mistake(_AllHaveToAgree, _OUTVOTED, by=_LEFT_OUT),
+        Mistake(_SumDecides, "All ranks decide alike, but steps are left out in which no rank's "
+                "loss is large. Do you add the losses up?", by=_LEFT_OUT),
         Mistake(_Rank0Decides, "All ranks decide alike, but by rank 0's loss. A loss that is large "
-                "elsewhere goes unnoticed."),
+                "elsewhere goes unnoticed.", by=_LEFT_OUT),
         Mistake(_NeverSkips, "All ranks decide alike, because no step is ever left out."),
         broken=dict(hint="A rank leaves a step out, and the others do not know of it.",
                     raises=_DIVERGE),
