@@ -334,9 +334,10 @@ def test_calls_are_noted_as_they_are_made(tmp_path):
 
 # ---- a class -------------------------------------------------------------------------------------
 
-LEAVES = """
+FOR_LONG = str(10**6 + os.getpid())  # of this run alone
+LEAVES = f"""
 import subprocess, shutil
-subprocess.Popen(["/bin/sh", "-c", "sleep 1234567 & sleep 1234567"], env={},
+subprocess.Popen(["/bin/sh", "-c", "sleep {FOR_LONG} & sleep {FOR_LONG}"], env={{}},
                  start_new_session=True)
 shutil.rmtree(os.getcwd())
 os._exit(0)
@@ -384,7 +385,7 @@ def test_a_class_is_graded(tmp_path, capsys):
         ("ina", "3.1")]
     assert (folder / "carol.ipynb").exists()
     left = [process for process in psutil.process_iter(["cmdline"])
-            if "1234567" in (process.info["cmdline"] or ())]
+            if FOR_LONG in (process.info["cmdline"] or ())]
     assert not left
 
 
