@@ -286,6 +286,39 @@ def test_what_a_notebook_writes_into_the_pipe_does_not_count(tmp_path):
     assert "forged" not in json.dumps(rows)
 
 
+def test_calls_that_were_not_made_do_not_count_and_none_is_made_twice(tmp_path):
+    """But for those to which a cell did not come, because it raised before."""
+    q1, q2, *more = [name for name in RIGHT if name.startswith("3.q")]
+    wrong = "a" if RIGHT[q1] != "a" else "b"
+    cells = [HEAD, f'check("{q1}", "{wrong}")\nprint(later)',  # runs once more at the end
+             f'check("{q1}", "{RIGHT[q1]}")',
+             f'def never():\n    check("{q1}", "{wrong}")\nif later_on := False:\n    never()',
+             f'letters = iter("{RIGHT[q2]}{wrong}")\ncheck("{q2}", next(letters))',
+             f'1 / 0\ncheck("{more[0]}", "{RIGHT[more[0]]}")',
+             "import itertools\nfor i in itertools.count():\n"
+             '    if check("3.1", i):\n        break',
+             "import sys\nsys.stdout = open('log.txt', 'w')",
+             f'check("{more[1]}", "{RIGHT[more[1]]}")', "later = 3"]
+    points, found = graded(tmp_path, notebook(cells))
+    assert points == {q1, q2, *more[:2]}, found
+    assert failed_in(found) == ["cell 6: ZeroDivisionError: division by zero"]
+
+
+def test_modules_beside_a_notebook_travel_with_its_answers(tmp_path):
+    files = {"helper.py": BOUNDS, "mine/__init__.py": "", "mine/other.py": UNITS,
+             "mine/all.py": "from .other import units_of as found",
+             "\N{LATIN SMALL LETTER E WITH ACUTE}.ipynb": json.dumps(notebook([
+                 HEAD, "import helper\nfrom mine.all import found",
+                 "def mine(*args):\n    return helper.shard_bounds(*args)", 'check("3.1", mine)',
+                 "class Units:\n    def __call__(self, *args):\n        return found(*args)",
+                 'check("3.3", Units())'])),
+             "my_zero.py": f"\ufeff{HEAD}\n{FLATTEN}\n__file__"}
+    found = []
+    grade._grade({name: text.encode() for name, text in files.items()}, tmp_path / "work", 60,
+                 lambda **facts: found.append(facts))
+    assert {line["name"] for line in found if line.get("points")} == {"3.1", "3.2", "3.3"}, found
+
+
 def failed_in(found):
     return [line["failed"].removeprefix("03_alice.ipynb, ") for line in found if "failed" in line]
 
@@ -363,6 +396,8 @@ def test_a_class_is_graded(tmp_path, capsys):
     for place in (folder / "__MACOSX", folder, folder / "ina"):
         (place / "._gina.ipynb").write_text("no notebook")
     (folder / "notes.txt").write_text("not an answer")
+    (tmp_path / "pages").mkdir()
+    (folder / "docs").symlink_to(tmp_path / "pages")
     table, everything = tmp_path / "points.csv", tmp_path / "points.json"
     status = main(["grade", str(folder), "--csv", str(table), "--json", str(everything)])
     shown = capsys.readouterr().out
@@ -378,6 +413,7 @@ def test_a_class_is_graded(tmp_path, capsys):
     assert re.search(r"harry .* 0/0 .* harry\.ipynb is no file", shown)
     assert re.search(r"dave .* 0/0 .* dave\.ipynb is no notebook", shown)
     assert "5 of 8 were graded, but not, or not in full: dave, frank, harry." in shown
+    assert "Left out, as neither notebook nor Python: notes.txt." in shown
     with table.open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [(line["learner"], line["exercise"]) for line in lines if line["points"] == "1"] == [

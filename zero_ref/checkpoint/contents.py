@@ -96,8 +96,11 @@ def of_model(model) -> list[Piece]:
 def of_optimizer(model, optimizer: Optimizer) -> list[Piece]:
     """This rank's elements of all states, and of what it leads those that have another shape."""
     found = []
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     with torch._C.DisableTorchFunctionSubclass():
         for one in owned(model):
+            if id(one.p) not in held:  # its group was removed, and its states were not
+                continue
             for key, value in optimizer.state.get(one.p, {}).items():
                 name = f"state.{one.names[0]}.{key}"
                 if _belongs_to_elements(key, value, one.p):
@@ -120,7 +123,8 @@ def described(model, optimizer: Optimizer, tensors: dict[str, Tensor]) -> dict[s
                              "from model.parameters(), and give others an optimizer of their own, "
                              "which can be saved as an extra value's state_dict()")
         groups.append({"params": [name_of[id(p)] for p in group["params"]], "options": pack(
-            {key: value for key, value in group.items() if key != "params"},
+            {key: value.item() if isinstance(value, numpy.generic) else value  # of a scheduler
+             for key, value in group.items() if key != "params"},
             f"group {index} of {kind}", tensors)})
         for p in group["params"]:
             if id(p) not in led:

@@ -64,6 +64,8 @@ def import_(files: list[Path], path: Path) -> Path:
     torchs_name = {theirs: ours for ours, theirs in DTYPES.items()}
     for file in files:
         try:
+            if file.exists() and not file.is_file():
+                raise OSError("it is no ordinary file")
             check_header(file)
             with safe_open(file, "pt") as opened:
                 if HEADER in (opened.metadata() or {}):

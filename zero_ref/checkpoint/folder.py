@@ -22,7 +22,7 @@ from typing import Any
 
 MANIFEST, LATEST, FORMAT = "manifest.json", "latest", 1
 _LARGEST_JSON = 1 << 28  # bytes
-_MOST_VALUES = 10_000_000  # in a JSON file: in memory, each may take some 70 bytes
+_MOST_VALUES = 4_000_000  # in a JSON file: in memory, each may take some 200 bytes
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _FILE = re.compile(r"(model|optimizer-\d+|rest)/rank\d+(-\d+)?\.(safetensors|json)")
 
@@ -198,7 +198,7 @@ def read_json(file: Path, checkpoint: Path) -> Any:
 
 def from_json(content: bytes) -> Any:
     """Raises ValueError for what is none, or would take too much memory."""
-    if sum(map(content.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+    if sum(map(content.count, (b",", b":", b"[", b"{"))) > _MOST_VALUES:
         raise ValueError(f"it has more than {_MOST_VALUES:,} values")
 
     def unique(pairs):

@@ -48,7 +48,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     try:  # a part of the files each, and nobody opens one before all are known to be right
         folder.check_files(checkpoint, (model.rank, model.world_size))
     except Exception as error:
-        problem = _as_damaged(checkpoint, error)
+        problem = as_damaged(checkpoint, error)
     agree(group, problem, phase="load")
     with ExitStack() as opened, torch.no_grad(), ExitStack() as undo:
         try:
@@ -61,7 +61,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
                     undo.callback(m.set_extra_state, copy.deepcopy(m.get_extra_state()))
                     m.set_extra_state(extra_states[name])
         except Exception as error:
-            problem = _as_damaged(checkpoint, error)
+            problem = as_damaged(checkpoint, error)
         agree(group, problem, phase="load")
         undo.pop_all()
         _fill_model(source, model)
@@ -72,7 +72,7 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
     return extra
 
 
-def _as_damaged(checkpoint, error):
+def as_damaged(checkpoint: Path, error: Exception) -> Exception:
     """Whatever files from strangers make of the readers; our own sentences name the place."""
     if str(checkpoint) in str(error) or isinstance(error, OSError):
         return error
@@ -99,7 +99,8 @@ class Source:
                 self._add_states_of_others()
             wanted = {"model", *(f"optimizer-{i}" for i in range(len(self.optimizers or ())))}
             written_by = sum(file.startswith("rest/") and file.endswith(".json") for file in files)
-            if self.optimizers is not None and self.manifest.get("world_size") != written_by:
+            if self.optimizers is not None and repr(self.manifest.get("world_size")) != (
+                    repr(written_by)):  # True would equal a 1
                 raise Damaged(f"{checkpoint / folder.MANIFEST} does not say that {written_by} "
                               "ranks have written it")
             for part in sorted(wanted ^ self.parts.keys()):
@@ -229,10 +230,14 @@ def _check_optimizers(source, model, optimizers):
         _check_groups(where, saved["groups"], optimizer, owned)
         tensors = source.parts[f"optimizer-{index}"].listed
         _check_states(where, saved["states"], tensors, kind, owned)
-        if type(optimizer) in ELEMENTWISE:
-            _check_torchs_states(where, saved, tensors)
         options = [source.unpacked(group["options"]) for group in saved["groups"]]
-        _check_options(where, options, optimizer)
+        if not all(type(group) is dict for group in options) or any(
+                type(key) is not str or key == "params" for group in options for key in group):
+            raise Damaged(f"{where} the options of {kind} are none")
+        if type(optimizer) in ELEMENTWISE:
+            _check_options(where, options, optimizer)
+            for group, of_group in zip(saved["groups"], options):
+                _check_needed(where, optimizer, group["params"], saved["states"], of_group, tensors)
         found.append((options, {
             (name, key): source.unpacked(how["value"], how.get("rank", 0))
             for name, states in saved["states"].items()
@@ -257,25 +262,20 @@ def _check_groups(where, saved, optimizer, owned):
 
 
 def _check_options(where, saved, optimizer):
-    """Numbers where there are numbers, and so on."""
+    """Of one of torch's own: numbers where there are numbers, and so on."""
     for number, (group, of_saved) in enumerate(zip(optimizer.param_groups, saved)):
-        kind = f"group {number} of {type(optimizer).__name__}"
-        if type(of_saved) is not dict or any(
-                type(key) is not str or key == "params" for key in of_saved):
-            raise Damaged(f"{where} the options of {kind} are none")
-        for key in of_saved.keys() & group.keys():
+        for key in of_saved.keys() & optimizer.defaults.keys() & group.keys():
             if not _alike(of_saved[key], group[key]):
-                raise Damaged(f"{where} {kind} has {key}={of_saved[key]!r}, and here it is "
-                              f"{group[key]!r}")
+                raise Damaged(f"{where} group {number} of {type(optimizer).__name__} has "
+                              f"{key}={of_saved[key]!r}, and here it is {group[key]!r}")
 
 
 def _alike(a, b):
-    if a is None or b is None:  # such as foreach, which may be decided later
-        return True
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_alike, a, b))
-    numbers = bool | int | float | torch.Tensor
-    return type(a) is type(b) or (isinstance(a, numbers) and isinstance(b, numbers))
+    chosen = bool | None  # such as foreach, which may be decided later
+    numbers = int | float | torch.Tensor
+    return any(isinstance(a, kind) and isinstance(b, kind) for kind in (chosen, numbers))
 
 
 def _check_states(where, saved, tensors, kind, owned):
@@ -296,21 +296,28 @@ def _check_states(where, saved, tensors, kind, owned):
                 raise Damaged(f"{where} the state {key!r} of {name!r} is missing")
 
 
-def _check_torchs_states(where, saved, tensors):
-    """torch's own have the same states of all parameters of a group, once these have had a
-    gradient: as large as the parameter, or one number."""
-    for group in saved["groups"]:
-        there = [name for name in group["params"] if saved["states"].get(name)]
-        for name in there:
-            states, first = saved["states"][name], saved["states"][there[0]]
-            for key in sorted(states.keys() ^ first.keys()):
-                has, lacks = (name, there[0]) if key in states else (there[0], name)
-                raise Damaged(f"{where} {has!r} has the state {key!r}, and {lacks!r} does not")
-            for key, how in states.items():
-                dtype, shape = tensors.get(f"state.{name}.{key}", ("float32", []))
-                if (how == "whole" and shape) or "int" in dtype or dtype == "bool":
-                    raise Damaged(f"{where} the state {key!r} of {name!r} is {tuple(shape)} "
-                                  f"{dtype}, as torch has none")
+def _check_needed(where, optimizer, names, saved, options, tensors):
+    """What a step of one of torch's own needs of a parameter that has states: asked of torch, with
+    a step of a parameter of two elements."""
+    p = torch.nn.Parameter(torch.zeros(2))
+    asked = type(optimizer)([p])
+    asked.param_groups[0].update({key: options[key] for key in _MORE_STATES if key in options})
+    p.grad = torch.ones(2)
+    asked.step()
+    for name in names:
+        states = saved.get(name)
+        for key, value in asked.state[p].items() if states else ():
+            how = states.get(key)
+            dtype, shape = tensors.get(f"state.{name}.{key}", ("", None))
+            if how is None or (value.ndim and how != "like the parameter") or (
+                    how == "whole" and shape != []):
+                raise Damaged(f"{where} the state {key!r} of {name!r} is missing or has another "
+                              "shape")
+            if value.ndim and not dtype.startswith(("float", "bfloat", "complex")):
+                raise Damaged(f"{where} the state {key!r} of {name!r} is {dtype}")
+
+
+_MORE_STATES = ("amsgrad", "centered", "momentum")  # options on which it depends which there are
 
 
 def _fill_model(source, model):

@@ -236,7 +236,11 @@ def _complete(aside, parts, world_size):
     found: dict[str, dict[str, list]] = {part: {} for part in parts}
     missing: dict[tuple[str, str], int] = {}
     for rank in range(world_size):
-        listed = folder.read_json(aside / f"rest/rank{rank}.json", aside)["tensors"]
+        file = aside / f"rest/rank{rank}.json"
+        try:
+            listed = folder.read_json(file, aside)["tensors"]
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}; a tensor can hold many numbers") from None
         for part, of_part in listed.items():
             for name, (dtype, shape, numel) in of_part.items():
                 found[part][name] = [dtype, shape]

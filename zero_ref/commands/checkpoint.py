@@ -10,14 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from ..checkpoint import folder
-from ..checkpoint.loading import Source
+from ..checkpoint.loading import Source, as_damaged
 
 
 def show(path: Path) -> None:
     """Raises ValueError if there is no checkpoint, or if it is damaged."""
+    checkpoint = folder.newest(path)
+    folder.check_files(checkpoint)
+    try:
+        _show(checkpoint)
+    except Exception as error:  # whatever a stranger's file makes of its readers
+        raise as_damaged(checkpoint, error) from None
+
+
+def _show(checkpoint):
     with ExitStack() as opened:
-        checkpoint = folder.newest(path)
-        folder.check_files(checkpoint)
         source = Source(checkpoint, opened)
         size = sum(facts["bytes"] for facts in source.manifest["files"].values())
         ranks = source.manifest.get("world_size")

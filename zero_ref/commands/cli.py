@@ -274,11 +274,12 @@ def _bench(args):
 
 
 def _grade(args):
+    from ..labs.grade import left_out
     from .grade import print_report, run, write_csv
 
     _check_output(args.json, args.csv)
     rows = run(args.paths, args.timeout)
-    print_report(rows)
+    print_report(rows, left_out(args.paths))
     _write_json(args.json, rows)
     if args.csv:
         write_csv(args.csv, rows)

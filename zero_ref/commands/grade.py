@@ -39,9 +39,10 @@ def run(paths: Sequence[Path], seconds: float) -> list[Row]:
         return grade.grade(learners, seconds, lambda: bar.advance(line))
 
 
-def print_report(rows: Sequence[Row]) -> None:
+def print_report(rows: Sequence[Row], left_out: Sequence[str] = ()) -> None:
     """Points for each notebook and in all, and what went wrong first: in a line, or below them if
-    too little room is left. Points that do not fit beside each other take several tables."""
+    too little room is left. Points that do not fit beside each other take several tables. left_out:
+    the names of files that nobody can grade."""
     width = None if sys.stdout.isatty() else 120
     console = Console(width=width, highlight=False, markup=False, emoji=False)
     headings = [*grade.notebooks(rows), ALL]
@@ -61,6 +62,8 @@ def print_report(rows: Sequence[Row]) -> None:
     broken = [row["learner"] for row in rows if not row["graded"]]
     print(f"{len(rows) - len(broken)} of {len(rows)} were graded"
           + (f", but not, or not in full: {', '.join(broken)}." if broken else "."))
+    if left_out:
+        print(_in_a_line(f"Left out, as neither notebook nor Python: {', '.join(left_out)}."))
 
 
 def _table(rows, headings, said=False):
@@ -91,7 +94,7 @@ def _in_a_line(text):
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """A line for each learner and exercise: its points, and the verdict."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         writer.writerow(["learner", "exercise", "points", "verdict"])
         for row in rows:

@@ -7,18 +7,21 @@ bytes. Nobody but a rank reads these.
 
 import ast
 import base64
-import itertools
 import json
 import math
+import os
 import pickle
 import re
+import sys
 import threading
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import cloudpickle
 
 from ..ranks import travel
 from . import judge
@@ -59,7 +62,7 @@ def cells_of(name: str, content: bytes) -> list[str]:
         if len(content) > LARGEST:
             raise ValueError(f"larger than {LARGEST:,} bytes")
         if name.endswith(".py"):
-            return _with_checks(content.decode())
+            return _with_checks(content.decode("utf-8-sig"))
         cells = json.loads(content).get("cells")
         if cells is None:
             raise ValueError("it has no cells, as those of format 4 have")
@@ -75,7 +78,7 @@ def cells_of(name: str, content: bytes) -> list[str]:
 
 def _with_checks(text):
     defined = {getattr(node, "name", None) for node in ast.parse(text).body}
-    return [text, "from zero_ref.labs import check",
+    return ["__file__ = 'my_zero.py'", text, "from zero_ref.labs import check",
             *(f'check("{name}", {piece})' for piece, names in PIECES.items() if piece in defined
               for name in names)]
 
@@ -118,12 +121,17 @@ def _checks(node, loops):
 LATEST = 10  # calls of `check` in a cell that are told, of each name
 _calls: dict[str, deque[str]] = {}  # in the kernel: of the cell that runs, by name
 _told_of: set[str] = set()  # the names in it, once they are told
+_here = ""  # the notebook's folder
+_KIND = "application/x-zero-ref"  # of an output that tells, whatever a cell has made of sys.stdout
 
 
 def begin() -> None:
     """Called in the kernel: `check` answers at once, since what it would say is found out later, on
     other ranks. And quit() ends nothing."""
     from IPython import get_ipython
+
+    global _here
+    _here = os.path.join(os.getcwd(), "")
 
     def noted(name: str, answer: Any) -> judge.Verdict:
         _calls.setdefault(str(name), deque(maxlen=LATEST)).append(_line(name, answer))
@@ -134,19 +142,22 @@ def begin() -> None:
 
 
 def tell() -> None:
-    """Called in the kernel, after a cell: print what it has called `check` with."""
+    """Called in the kernel, after a cell: show what it has called `check` with."""
     _told_of.clear()
     _told_of.update(_calls)
-    for lines in _calls.values():
-        print(*lines, sep="\n")
+    _show(line for lines in _calls.values() for line in lines)
     _calls.clear()
 
 
 def tell_also(pairs: Iterable[tuple[str, Any]]) -> None:
     """The same, of calls to which the cell did not come, or which had another `check`."""
-    for name, answer in pairs:
-        if str(name) not in _told_of:
-            print(_line(name, answer))
+    _show(_line(name, answer) for name, answer in pairs if str(name) not in _told_of)
+
+
+def _show(lines):
+    from IPython.display import publish_display_data
+
+    publish_display_data({_KIND: "\n".join(lines)})
 
 
 def _line(name: str, answer: Any) -> str:
@@ -154,13 +165,17 @@ def _line(name: str, answer: Any) -> str:
     try:
         return json.dumps({"name": str(name), "plain": answer})
     except (TypeError, ValueError):
+        for module in [*sys.modules.values()]:  # ranks of the judge have no files beside theirs
+            file = getattr(module, "__file__", None) or ""
+            if file.startswith(_here) and "site-packages" not in file:
+                cloudpickle.register_pickle_by_value(module)
         with judge._as_it_is_now(answer):
             pickled = base64.b64encode(travel.dumps(answer)).decode()
         return json.dumps({"name": str(name), "pickled": pickled})
 
 
 def _told(text: str) -> Iterator[tuple[str, Any]]:
-    """Read what the kernel tells, and skip what else it prints."""
+    """Read what the kernel tells, and skip what is no answer."""
     for line in text.splitlines():
         try:
             found = json.loads(line)
@@ -183,16 +198,20 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
     the kernel, the others run in a new one. What has missed a name runs once more at the end: cells
     may have changed places.
     """
-    answers: Answers = defaultdict(list)
+    told: dict[int, list[tuple[str, Any]]] = {}  # by cell: one that runs once more answers anew
     failed: dict[int, str] = {}
     left, end = dict(enumerate(cells, 1)), time.monotonic() + seconds
-    while _run(left, folder, seconds, end, answers, failed) and time.monotonic() < end:
+    while _run(left, folder, seconds, end, told, failed) and time.monotonic() < end:
         left = {number: source for number, source in left.items()
                 if not failed.get(number, "").startswith(("ended", "was interrupted"))}
+    answers: Answers = defaultdict(list)
+    for number in sorted(told):
+        for name, answer in told[number]:
+            answers[name].append(answer)
     return answers, [f"cell {number}: {error}" for number, error in sorted(failed.items()) if error]
 
 
-def _run(cells, folder, seconds, end, answers, failed):
+def _run(cells, folder, seconds, end, told, failed):
     """Run the cells in a kernel of their own. Returns the number of the one that has ended it."""
     from nbclient import NotebookClient
     from nbclient.exceptions import DeadKernelError
@@ -205,7 +224,7 @@ def _run(cells, folder, seconds, end, answers, failed):
     limit = math.ceil(seconds / 4)
 
     def execute(source: str) -> tuple[str, str]:
-        """What a cell prints, and its error."""
+        """What a cell tells, and its error."""
         client.nb.cells.append(new_code_cell(source))
         start = time.monotonic()
         patience = threading.Timer(max(min(limit + GRACE, end - start), 0),
@@ -224,20 +243,28 @@ def _run(cells, folder, seconds, end, answers, failed):
         errors = [f"{out.ename}: {out.evalue}" for out in outputs if out.output_type == "error"]
         if errors and time.monotonic() - start >= limit:
             errors = [f"was interrupted after {limit} s"]
-        return ("".join(out.text for out in outputs if out.output_type == "stream"),
+        return ("".join(out.data[_KIND] for out in outputs if _KIND in out.get("data", ())),
                 errors[0].splitlines()[0][:200].strip(" :") if errors else "")
 
     this = f"__import__({__name__!r}, fromlist=['tell'])"
 
-    def run_cell(source: str) -> str:
-        """Run a cell, and ask for what it checks. Returns its error."""
-        _, error = execute(source)
-        told = [*_told(execute(f"{this}.tell()")[0])]
-        for pairs in checks_in(source):
-            told += _told(execute(f"{this}.tell_also({pairs})")[0])
-        for name, answer in told:
-            answers[name].append(answer)
-        return error
+    def run_cell(number: int) -> None:
+        """Run a cell, and ask for what it checks."""
+        _, failed[number] = execute(cells[number])
+        told[number] = [*_told(execute(f"{this}.tell()")[0])]
+        if failed[number]:
+            ask_for_all(number)
+
+    def ask_for_all(number: int) -> None:
+        for pairs in checks_in(cells[number]):
+            told[number] += _told(execute(f"{this}.tell_also({pairs})")[0])
+
+    def turns() -> Iterator[tuple[Callable[[int], None], int]]:
+        yield from ((run_cell, number) for number in cells)
+        yield from ((run_cell, number) for number in cells
+                    if failed[number].startswith("NameError"))
+        if not any(told.values()):  # another `check` is in the place of ours
+            yield from ((ask_for_all, number) for number in cells)
 
     manager = client.create_kernel_manager()
     manager.provisioner = ForkedKernel(kernel_spec=manager.kernel_spec, parent=manager)
@@ -245,10 +272,9 @@ def _run(cells, folder, seconds, end, answers, failed):
     with client.setup_kernel(cwd=str(folder)):
         execute(f"{this}.begin()")
         client.timeout_func = lambda cell: limit
-        again = (number for number in cells if failed[number].startswith("NameError"))
-        for number in itertools.chain(cells, again):
+        for do, number in turns():
             try:
-                failed[number] = run_cell(cells[number])
+                do(number)
             except DeadKernelError as error:
                 failed[number] = str(error)
                 return number

@@ -90,7 +90,7 @@ def _grade(files: Files, folder: Path, seconds: float, say: Callable[..., None])
     names = [name for name in NAMES if name in asked]
     say(asked=names)
     answers: Answers = defaultdict(list)
-    for path in map(Path, (*mine, *notebooks)):
+    for path in map(Path, (*notebooks, *mine)):
         try:
             given, failed = run(cells_of(path.name, files[str(path)]),
                                 (folder / path).parent, seconds)
@@ -175,9 +175,12 @@ def handed_in(paths: Iterable[Path]) -> dict[str, Files | Exception]:
                              and (p.is_dir() or p.suffix.lower() in KINDS))
         for learner in of_path:
             name = learner.name if learner.is_dir() else learner.stem
+            name = name.encode(errors="replace").decode()
             try:
                 files: Files | Exception = _files(learner)
             except (OSError, ValueError) as error:
+                if learner.is_dir() and learner.is_symlink():  # such as the pages, in lab/
+                    continue
                 files = error
             found[str(learner) if name in found else name] = files
     if not found:
@@ -188,8 +191,8 @@ def handed_in(paths: Iterable[Path]) -> dict[str, Files | Exception]:
 
 def _files(learner):
     if learner.is_dir():
-        found = {str(path.relative_to(learner)): path for path in learner.rglob("*")
-                 if path.is_file()}
+        found = {str(name): path for path in learner.rglob("*") if path.is_file()
+                 and not any(map(_is_hidden, (name := path.relative_to(learner)).parts))}
     elif learner.is_file():
         found = {learner.name if learner.suffix.lower() != ".py" else "my_zero.py": learner}
     else:
@@ -202,16 +205,21 @@ def _files(learner):
         if _answers(name) or path.stat().st_size <= LARGEST:
             with path.open("rb") as file:
                 files[name] = file.read(LARGEST + 1)
+        if sum(map(len, files.values())) > 4 * LARGEST:
+            raise ValueError(f"{learner.name} has more than {4 * LARGEST:,} bytes")
     return files
+
+
+def left_out(paths: Iterable[Path]) -> list[str]:
+    """What lies among the learners' files and is none."""
+    return sorted(p.name for path in paths if path.is_dir() for p in path.iterdir()
+                  if not _is_hidden(p.name) and not p.is_dir() and p.suffix.lower() not in KINDS)
 
 
 def _answers(file: str) -> str | None:
     """The kind of a file that is run; None for what lies beside it."""
-    path = Path(file)
-    if any(map(_is_hidden, path.parts)):
-        return None
-    kind = path.suffix.lower()
-    return kind if kind == ".ipynb" or path.name == "my_zero.py" else None
+    kind = Path(file).suffix.lower()
+    return kind if kind == ".ipynb" or Path(file).name == "my_zero.py" else None
 
 
 def _is_hidden(name: str) -> bool:
