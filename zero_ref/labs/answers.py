@@ -205,8 +205,8 @@ def run(cells: list[str], folder: Path, seconds: float) -> tuple[Answers, list[s
         left = {number: source for number, source in left.items()
                 if not failed.get(number, "").startswith(("ended", "was interrupted"))}
     answers: Answers = defaultdict(list)
-    for number in sorted(told):
-        for name, answer in told[number]:
+    for of_cell in told.values():
+        for name, answer in of_cell:
             answers[name].append(answer)
     return answers, [f"cell {number}: {error}" for number, error in sorted(failed.items()) if error]
 
