@@ -28,10 +28,11 @@ from toy import STAGES, seed
 
 import zero_ref
 from zero_ref import viz
-from zero_ref.checkpoint import folder, shards
+from zero_ref.checkpoint import folder, loading, shards
 from zero_ref.checkpoint.boxes import boxes
 from zero_ref.checkpoint.converting import import_
 from zero_ref.checkpoint.pack import pack, unpack
+from zero_ref.checkpoint.saving import agree
 from zero_ref.commands.cli import main
 from zero_ref.commands.measure import most_bytes
 from zero_ref.observe.kernel import tcp_bytes_sent
@@ -921,8 +922,8 @@ def of_other_content(good, tmp_path):
                          (state_missing, "state.norm.bias.exp_avg"),
                          (state_not_described, "state.norm.bias.exp_avg"),
                          (state_lost_wholly, "the state 'exp_avg' of 'norm.bias' is missing"),
-                         (state_of_other_shape, "'step' of 'norm.bias' is missing or has another"),
-                         (state_of_other_dtype, "the state 'exp_avg' of 'norm.bias' is int8"),
+                         (state_of_other_shape, "'step' of 'norm.bias' is missing, or has"),
+                         (state_of_other_dtype, "'exp_avg' of 'norm.bias' is missing, or has"),
                          (states_edited(option_of_other_type), "lr='fast', and here it is 0.01"),
                          (states_edited(no_option), "lr=None, and here it is 0.01"),
                          (states_edited(option_of_other_length), "betas=(0.9,)"),
@@ -1511,9 +1512,22 @@ def save_one_optimizer_less(path):
         zero_ref.save(path, model, optimizers[: 2 - dist.get_rank()])
 
 
-def test_folders_that_ranks_do_not_share_and_too_many_tensors_are_said(tmp_path):
+def test_folders_that_ranks_do_not_share_and_too_many_tensors_are_said(good, tmp_path):
     def save_in_my_own():
         model, optimizer = build(1)
+        mine = tmp_path / str(model.rank) / "checkpoints"
+        shutil.copytree(good, mine)
+        file = mine / "checkpoint-000002/manifest.json"
+        file.write_text(file.read_text() + " " * model.rank)
+
+        def of_this_disk(*args):  # as if each had one of its own, and that at the same path
+            found = agree(*args)
+            return [str(file.parent)] * len(found) if isinstance(found[0], str) else found
+
+        with (mock.patch.object(loading, "agree", of_this_disk),
+              pytest.raises(ValueError, match="is not the same on all ranks")):
+            zero_ref.load(mine, model, optimizer)
+        shutil.rmtree(mine)
         with pytest.raises(OSError, match=r"rank 1 does not find .*, which rank 0 has made: save "
                                           "needs a folder that all ranks share"):
             zero_ref.save(tmp_path / str(model.rank), model, optimizer)

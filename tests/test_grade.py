@@ -118,11 +118,13 @@ def test_what_is_no_notebook_is_said(content, tmp_path):
 
 
 def test_checks_are_found_by_the_call():
-    assert answers.checks_in('x = 1\nprint(labs.check("4.2", f), 3)') == ["[('4.2', f)]"]
-    assert answers.checks_in('%time\n!ls\ncheck(name="1.1", answer=f)') == ["[('1.1', f)]"]
+    assert answers.checks_in('x = 1\nprint(labs.check("4.2", f), 3)') == [
+        ("labs.check", "[('4.2', f)]")]
+    assert answers.checks_in('%time\n!ls\ncheck(name="1.1", answer=f)') == [
+        ("check", "[('1.1', f)]")]
     assert answers.checks_in("for a, b in c.items():\n  for d in b: check(a, d)") == [
-        "[(a, d) for a, b in c.items() for d in b]"]
-    assert answers.checks_in("[check(n, a) for n, a in b]") == ["[(n, a) for n, a in b]"]
+        ("check", "[(a, d) for a, b in c.items() for d in b]")]
+    assert answers.checks_in("[check(n, a) for n, a in b]") == [("check", "[(n, a) for n, a in b]")]
     for source in ("checks('1.1', f)", "# check('1.1', f)", "%%ranks 4\ncheck('1.1', f)", "check("):
         assert answers.checks_in(source) == []
 
@@ -211,6 +213,18 @@ print('{"name": "3.1", "points": 1}')
 def test_a_kernel_has_no_say_in_its_points(tmp_path):
     cells = [HEAD, PATCHES, WRONG, *CELLS[CHECK_OF_BOUNDS:]]
     assert graded(tmp_path, notebook(cells))[0] == set(ASKED) - {"3.1"}
+
+
+def test_another_function_called_check_costs_no_point(tmp_path):
+    """In a cell that has other names, too: what ours has noted is not all there is."""
+    helper = "def check(a, b):\n    print('equal:', a == b)\n"
+    patch = "import zero_ref.labs as labs\nlabs.check = labs.judge.check = lambda *a, **k: True"
+    for number, cells in enumerate((
+            [*CELLS[:3], helper, *CELLS[3:]], [patch, *CELLS],
+            [*CELLS[:3], patch, CELLS[0], "shard_bounds = None", *CELLS[3:]])):
+        (tmp_path / str(number)).mkdir()
+        points, found = graded(tmp_path / str(number), notebook(cells))
+        assert points == set(ASKED), found
 
 
 ON_RANKS = """
@@ -412,7 +426,7 @@ def test_a_class_is_graded(tmp_path, capsys):
     assert re.search(r"frank .* 0/0 .* frank has no notebook and no my_zero\.py", shown)
     assert re.search(r"harry .* 0/0 .* harry\.ipynb is no file", shown)
     assert re.search(r"dave .* 0/0 .* dave\.ipynb is no notebook", shown)
-    assert "5 of 8 were graded, but not, or not in full: dave, frank, harry." in shown
+    assert "5 of 8 were graded. Not, or not in full: dave, frank, harry." in shown
     assert "Left out, as neither notebook nor Python: notes.txt." in shown
     with table.open(newline="") as file:
         lines = list(csv.DictReader(file))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from toy import STAGES, seed
 
 import zero_ref
+from zero_ref.engine import optimizers
 
 WIDTH = 6
 
@@ -692,9 +693,12 @@ def test_compiled_units(stage):
 @pytest.mark.parametrize("precision", [None, zero_ref.MixedPrecision()], ids=str)
 @pytest.mark.parametrize("stage", STAGES)
 def test_deleting_model_and_optimizer_frees_everything(stage, precision):
+    def hooks_that_stay():
+        return len(optimizer._global_optimizer_pre_hooks) - len(optimizers._gone) // 2
+
     def run():
         gc.collect()
-        before = len(optimizer._global_optimizer_pre_hooks)  # of models of other tests
+        before = hooks_that_stay()  # of models of other tests
         module = Stack([Layer(), Layer()])
         model = zero_ref.wrap(module, stage, mixed_precision=precision)
         opt = torch.optim.Adam(model.parameters())
@@ -714,10 +718,28 @@ def test_deleting_model_and_optimizer_frees_everything(stage, precision):
         hooks += [p for p in params if p._post_accumulate_grad_hooks]
         del module, params  # its parameters lie in the flat buffers of stages 0 to 2
         gc.collect()
-        return (sum(ref() is not None for ref in alive), len(hooks),
-                len(optimizer._global_optimizer_pre_hooks) - before)
+        return (sum(ref() is not None for ref in alive), len(hooks), hooks_that_stay() - before)
 
     assert toy.ranks(run, 2) == [(0, 0, 0)] * 2
+
+
+def test_a_model_may_go_while_torch_goes_through_the_hooks_of_a_step():
+    def run():
+        cycle = [zero_ref.wrap(Stack([Layer()]), 1)]
+        cycle.append(cycle)  # so that it goes when the collector comes by
+        hook = optimizer.register_optimizer_step_pre_hook(lambda *_: [gc.collect()] and None)
+        model = zero_ref.wrap(Stack([Layer()]), 1)
+        opt = torch.optim.Adam(model.parameters())
+        model(data(0, 0)).square().mean().backward()
+        gone = weakref.ref(cycle[0])
+        del cycle
+        try:
+            opt.step()
+        finally:
+            hook.remove()
+        return gone() is None
+
+    assert toy.ranks(run, 2) == [True, True]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -123,8 +123,7 @@ def described(model, optimizer: Optimizer, tensors: dict[str, Tensor]) -> dict[s
                              "from model.parameters(), and give others an optimizer of their own, "
                              "which can be saved as an extra value's state_dict()")
         groups.append({"params": [name_of[id(p)] for p in group["params"]], "options": pack(
-            {key: value.item() if isinstance(value, numpy.generic) else value  # of a scheduler
-             for key, value in group.items() if key != "params"},
+            {key: value for key, value in group.items() if key != "params"},
             f"group {index} of {kind}", tensors)})
         for p in group["params"]:
             if id(p) not in led:

@@ -25,7 +25,7 @@ def export(checkpoint: Path, out: Path) -> int:
     The format is a header in JSON, with its length before it, and then the tensors' bytes.
     """
     aside = out.with_name(f".{out.name}.writing")
-    if any((parent / folder.MANIFEST).exists() for parent in out.absolute().parents):
+    if any((parent / folder.MANIFEST).exists() for parent in out.resolve().parents):
         raise ValueError(f"{out} would lie in a checkpoint: name a file outside")
     with ExitStack() as opened:
         checkpoint = folder.newest(checkpoint)

@@ -49,7 +49,11 @@ def load(path: str | Path, model: Shell, optimizer: Optimizer | Sequence[Optimiz
         folder.check_files(checkpoint, (model.rank, model.world_size))
     except Exception as error:
         problem = as_damaged(checkpoint, error)
-    agree(group, problem, phase="load")
+    seen = agree(group, problem, None if problem else folder.facts(checkpoint / folder.MANIFEST),
+                 "load")
+    if seen != seen[:1] * len(seen):  # on every rank
+        raise ValueError(f"{checkpoint} is not the same on all ranks: load needs a folder that all "
+                         "of them share")
     with ExitStack() as opened, torch.no_grad(), ExitStack() as undo:
         try:
             source = Source(checkpoint, opened)
@@ -129,9 +133,9 @@ class Source:
         """Those of the rank that had this one's number."""
         if f"rest/rank{model.rank}.json" not in self.manifest["files"]:
             return None
-        packed = self._rest_of(model.rank).get("generators")
-        if packed is None:
+        if self.optimizers is None:  # it was imported
             return None
+        packed = self._rest_of(model.rank)["generators"]
         found = self.unpacked(packed, model.rank)
         contents.check_generators(found, model.units[0].master.device)
         return found
@@ -237,7 +241,9 @@ def _check_optimizers(source, model, optimizers):
         if type(optimizer) in ELEMENTWISE:
             _check_options(where, options, optimizer)
             for group, of_group in zip(saved["groups"], options):
-                _check_needed(where, optimizer, group["params"], saved["states"], of_group, tensors)
+                _check_needed(where, optimizer, saved["states"], of_group, tensors,
+                              {one.names[0]: one.p for one in owned
+                               if one.names[0] in group["params"]})
         found.append((options, {
             (name, key): source.unpacked(how["value"], how.get("rank", 0))
             for name, states in saved["states"].items()
@@ -296,27 +302,31 @@ def _check_states(where, saved, tensors, kind, owned):
                 raise Damaged(f"{where} the state {key!r} of {name!r} is missing")
 
 
-def _check_needed(where, optimizer, names, saved, options, tensors):
-    """What a step of one of torch's own needs of a parameter that has states: asked of torch, with
+def _check_needed(where, optimizer, saved, options, tensors, params):
+    """What a step of one of torch's own needs of a parameter that has had one: asked of torch, with
     a step of a parameter of two elements."""
-    p = torch.nn.Parameter(torch.zeros(2))
-    asked = type(optimizer)([p])
+    asked = type(optimizer)([two := torch.nn.Parameter(torch.zeros(2))])
     asked.param_groups[0].update({key: options[key] for key in _MORE_STATES if key in options})
-    p.grad = torch.ones(2)
+    two.grad = torch.ones(2)
     asked.step()
-    for name in names:
-        states = saved.get(name)
-        for key, value in asked.state[p].items() if states else ():
+    needed = asked.state[two]
+    for name, p in params.items():
+        states = saved.get(name, {})
+        for key, value in needed.items() if states.keys() & needed.keys() else ():
             how = states.get(key)
             dtype, shape = tensors.get(f"state.{name}.{key}", ("", None))
-            if how is None or (value.ndim and how != "like the parameter") or (
-                    how == "whole" and shape != []):
-                raise Damaged(f"{where} the state {key!r} of {name!r} is missing or has another "
-                              "shape")
-            if value.ndim and not dtype.startswith(("float", "bfloat", "complex")):
-                raise Damaged(f"{where} the state {key!r} of {name!r} is {dtype}")
+            if value.ndim:
+                fits = how == "like the parameter" and dtype == dtype_of(p)
+            elif how == "whole":
+                fits = shape == [] and dtype in _NUMBERS
+            else:
+                fits = type(how) is dict and type(how.get("value")) in (int, float)
+            if not fits:
+                raise Damaged(f"{where} the state {key!r} of {name!r} is missing, or has another "
+                              f"shape or dtype ({shape} {dtype})")
 
 
+_NUMBERS = ("float32", "float64", "int32", "int64")
 _MORE_STATES = ("amsgrad", "centered", "momentum")  # options on which it depends which there are
 
 

@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -27,9 +28,11 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """What JSON can hold of a value. Its tensors go into `tensors`, on the CPU. name: what an error
     calls the value.
 
-    Takes numbers, strings, None, tensors, and lists, tuples and dicts of these; of an object with a
-    state_dict(), that. Raises ValueError for anything else.
+    Takes numbers (NumPy's come back as Python's), strings, None, tensors, and lists, tuples and
+    dicts of these; of an object with a state_dict(), that. Raises ValueError for anything else.
     """
+    if isinstance(value, numpy.generic):  # a scheduler's learning rate may be one
+        value = value.item()
     if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:  # JSON has no infinity

@@ -84,7 +84,8 @@ class Shards:
             whole = type(shape) is list and all(  # 5.0 would equal a 5
                 type(n) is int and n >= 0 for n in shape)
             if dtype not in DTYPES or not whole or math.prod(n or 1 for n in shape) >= 1 << 63:
-                raise Damaged(f"{checkpoint / folder.MANIFEST}: {name!r} would be {shape} {dtype}")
+                raise Damaged(f"{checkpoint / folder.MANIFEST}: {name!r} would be {shape!r} "
+                              f"{dtype!r}")
         self._opened = ExitStack()
         self._boxes: dict[str, list[tuple[Box, Any, Path]]] = {name: [] for name in listed}
         try:

@@ -60,8 +60,8 @@ def print_report(rows: Sequence[Row], left_out: Sequence[str] = ()) -> None:
     for table in tables:
         console.print(table)
     broken = [row["learner"] for row in rows if not row["graded"]]
-    print(f"{len(rows) - len(broken)} of {len(rows)} were graded"
-          + (f", but not, or not in full: {', '.join(broken)}." if broken else "."))
+    print(f"{len(rows) - len(broken)} of {len(rows)} were graded."
+          + (f" Not, or not in full: {', '.join(broken)}." if broken else ""))
     if left_out:
         print(_in_a_line(f"Left out, as neither notebook nor Python: {', '.join(left_out)}."))
 

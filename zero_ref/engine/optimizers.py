@@ -28,10 +28,14 @@ ELEMENTS = "zero_ref_elements"  # in each state: (begin, end) of what it belongs
 def watch(model) -> list:
     """Check every optimizer that holds parameters of `model` before its step, and call
     `model._follow(units)` after it. Returns the hooks."""
+    while _gone:
+        _gone.pop().remove()
     ref: Any = weakref.ref(model)
     around: Any = weakref.WeakKeyDictionary()  # by optimizer: hooks during its step
 
     def before(optimizer, args, kwargs):
+        if ref() is None:
+            return
         _refuse_foreign(ref(), optimizer)
         units = _units_in(ref(), optimizer)
         if units:
@@ -47,6 +51,8 @@ def watch(model) -> list:
             around[optimizer] = _unmark_around(optimizer, units)
 
     def after(optimizer, args, kwargs):
+        if ref() is None:
+            return
         units = _units_in(ref(), optimizer)
         for hook in around.pop(optimizer, ()):
             hook.remove()
@@ -56,7 +62,22 @@ def watch(model) -> list:
             _say_whose_states(optimizer)
             ref()._follow(units)
 
-    return [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    return [_Later(register_optimizer_step_pre_hook(before)),
+            _Later(register_optimizer_step_post_hook(after))]
+
+
+_gone: list = []  # hooks of models that are gone
+
+
+class _Later:
+    """A hook that is removed when the next model is watched. A model may go at any moment, also
+    while torch goes through these hooks, whose number may not change then."""
+
+    def __init__(self, hook):
+        self.hook = hook
+
+    def remove(self):
+        _gone.append(self.hook)
 
 
 def _unmark_around(optimizer, units):

@@ -7,6 +7,7 @@ bytes. Nobody but a rank reads these.
 
 import ast
 import base64
+import itertools
 import json
 import math
 import os
@@ -94,9 +95,9 @@ def names_asked(file: str, content: bytes) -> list[str]:
     return [name for name in NAMES if name.split(".")[0] == number]
 
 
-def checks_in(source: str) -> list[str]:
-    """For each check that a cell calls, an expression for the kernel: a list of (name, answer). If
-    a loop is around the call, it has a pair for each round."""
+def checks_in(source: str) -> list[tuple[str, str]]:
+    """For each check that a cell calls, two expressions for the kernel: what is called, and a list
+    of (name, answer). If a loop is around the call, it has a pair for each round."""
     from IPython.core.inputtransformer2 import TransformerManager
 
     try:
@@ -111,7 +112,8 @@ def _checks(node, loops):
     loops = [*loops, *getattr(node, "generators", [])]
     if isinstance(node, ast.Call) and re.fullmatch(r"([\w.]+\.)?check", ast.unparse(node.func)):
         pair = ast.Tuple([*node.args, *(keyword.value for keyword in node.keywords)])
-        yield ast.unparse(ast.ListComp(pair, loops) if loops else ast.List([pair]))
+        pairs = ast.ListComp(pair, loops) if loops else ast.List([pair])
+        yield ast.unparse(node.func), ast.unparse(pairs)
     for child in ast.iter_child_nodes(node):
         yield from _checks(child, loops)
 
@@ -122,6 +124,7 @@ LATEST = 10  # calls of `check` in a cell that are told, of each name
 _calls: dict[str, deque[str]] = {}  # in the kernel: of the cell that runs, by name
 _told_of: set[str] = set()  # the names in it, once they are told
 _here = ""  # the notebook's folder
+_check: Any = None  # the one that notes its calls
 _KIND = "application/x-zero-ref"  # of an output that tells, whatever a cell has made of sys.stdout
 
 
@@ -130,8 +133,8 @@ def begin() -> None:
     other ranks. And quit() ends nothing."""
     from IPython import get_ipython
 
-    global _here
-    _here = os.path.join(os.getcwd(), "")
+    global _here, _check
+    _here, _check = os.path.join(os.getcwd(), ""), judge.check
 
     def noted(name: str, answer: Any) -> judge.Verdict:
         _calls.setdefault(str(name), deque(maxlen=LATEST)).append(_line(name, answer))
@@ -149,9 +152,11 @@ def tell() -> None:
     _calls.clear()
 
 
-def tell_also(pairs: Iterable[tuple[str, Any]]) -> None:
-    """The same, of calls to which the cell did not come, or which had another `check`."""
-    _show(_line(name, answer) for name, answer in pairs if str(name) not in _told_of)
+def tell_also(called: Any, pairs: Callable[[], Iterable[tuple[str, Any]]]) -> None:
+    """The same, of calls that something else has got than our `check`, or none, because the cell
+    raised before."""
+    if called is not _check:
+        _show(_line(name, answer) for name, answer in pairs() if str(name) not in _told_of)
 
 
 def _show(lines):
@@ -252,19 +257,9 @@ def _run(cells, folder, seconds, end, told, failed):
         """Run a cell, and ask for what it checks."""
         _, failed[number] = execute(cells[number])
         told[number] = [*_told(execute(f"{this}.tell()")[0])]
-        if failed[number]:
-            ask_for_all(number)
-
-    def ask_for_all(number: int) -> None:
-        for pairs in checks_in(cells[number]):
-            told[number] += _told(execute(f"{this}.tell_also({pairs})")[0])
-
-    def turns() -> Iterator[tuple[Callable[[int], None], int]]:
-        yield from ((run_cell, number) for number in cells)
-        yield from ((run_cell, number) for number in cells
-                    if failed[number].startswith("NameError"))
-        if not any(told.values()):  # another `check` is in the place of ours
-            yield from ((ask_for_all, number) for number in cells)
+        for called, pairs in checks_in(cells[number]):
+            called = "None" if failed[number] else called
+            told[number] += _told(execute(f"{this}.tell_also({called}, lambda: {pairs})")[0])
 
     manager = client.create_kernel_manager()
     manager.provisioner = ForkedKernel(kernel_spec=manager.kernel_spec, parent=manager)
@@ -272,9 +267,10 @@ def _run(cells, folder, seconds, end, told, failed):
     with client.setup_kernel(cwd=str(folder)):
         execute(f"{this}.begin()")
         client.timeout_func = lambda cell: limit
-        for do, number in turns():
+        again = (number for number in cells if failed[number].startswith("NameError"))
+        for number in itertools.chain(cells, again):
             try:
-                do(number)
+                run_cell(number)
             except DeadKernelError as error:
                 failed[number] = str(error)
                 return number

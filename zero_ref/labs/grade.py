@@ -270,7 +270,8 @@ def _found_in(files, seconds):
     with tempfile.TemporaryDirectory(prefix="zero_ref-", ignore_cleanup_errors=True) as temporary:
         command = [sys.executable, "-P", "-m", "zero_ref.labs.grade",
                    str(Path(temporary, "work")), str(seconds)]
-        environment = {**os.environ, _MARK: mark, "IPYTHONDIR": str(Path(temporary, "ipython"))}
+        environment = {**os.environ, _MARK: mark, "IPYTHONDIR": str(Path(temporary, "ipython")),
+                       "TMPDIR": temporary}  # what those leave there who are killed goes, too
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, env=environment) as process:
             try:

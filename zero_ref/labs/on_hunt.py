@@ -176,6 +176,17 @@ class _LargestNorm(_Clips):
         return squares.sqrt()
 
 
+class _ScalesAlways(small.Stage2):
+    def clip_grad_norm_(self, max_norm):
+        grads = [p.grad for p in self.parameters()]
+        squares = sum(grad.square().sum() for grad in grads)
+        dist.all_reduce(squares, group=self.group)
+        norm = squares.sqrt()
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+        return norm
+
+
 class _ReducesInHalves(hunt.ReducesAtTheEnd):
     def reduce(self, unit, grad):
         self.bucket.append((unit, grad))
@@ -369,6 +380,8 @@ ON_HUNT = {
         Mistake(_SumOfNorms, "You add up the norms of the ranks. Norms do not add up."),
         Mistake(_MeanOfSquares, "Every element of the gradient is on exactly one rank, so there is "
                 "nothing to take a mean of."),
+        Mistake(_ScalesAlways, "A norm that is smaller than `max_norm` stays as it is, so the "
+                "factor is at most 1."),
         Mistake(_LargestNorm, "All ranks agree on a norm now, but it is that of one rank's "
                 "slices."),
         broken=dict(hint="Each rank has a norm of its own, and scales its slices by its own "
