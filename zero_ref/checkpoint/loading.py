@@ -305,9 +305,9 @@ def _check_states(where, saved, tensors, kind, owned):
 def _check_needed(where, optimizer, saved, options, tensors, params):
     """What a step of one of torch's own needs of a parameter that has had one: asked of torch, with
     a step of a parameter of two elements."""
-    asked = type(optimizer)([two := torch.nn.Parameter(torch.zeros(2))])
+    asked = type(optimizer)([two := torch.nn.Parameter(torch.zeros(2, device="cpu"))])
     asked.param_groups[0].update({key: options[key] for key in _MORE_STATES if key in options})
-    two.grad = torch.ones(2)
+    two.grad = torch.ones_like(two)
     asked.step()
     needed = asked.state[two]
     for name, p in params.items():
@@ -318,7 +318,7 @@ def _check_needed(where, optimizer, saved, options, tensors, params):
             if value.ndim:
                 fits = how == "like the parameter" and dtype == dtype_of(p)
             elif how == "whole":
-                fits = shape == [] and dtype in _NUMBERS
+                fits = shape == [] and dtype in _OF_NUMBERS
             else:
                 fits = type(how) is dict and type(how.get("value")) in (int, float)
             if not fits:
@@ -326,7 +326,7 @@ def _check_needed(where, optimizer, saved, options, tensors, params):
                               f"shape or dtype ({shape} {dtype})")
 
 
-_NUMBERS = ("float32", "float64", "int32", "int64")
+_OF_NUMBERS = ("float32", "float64", "int32", "int64")
 _MORE_STATES = ("amsgrad", "centered", "momentum")  # options on which it depends which there are
 
 
